@@ -1,0 +1,192 @@
+"""The derivative engine: hangs a solution into autograd's graph by the implicit function theorem.
+
+At the solution `z*` fn is evaluated once more with grad mode on, from a `z` that is a leaf of its own. The value
+returned is `z*`, through a `Function` whose only differentiable input is that evaluation; in the backward pass it
+turns the incoming `v` into `u`, `Aᵀu = v`, by products with the recorded graph, and hands `u` to the evaluation's
+output: autograd then takes `u` to whatever fn read — arguments, closures, parameters — by itself. Nothing has to be
+listed, so nothing can be forgotten; and nothing is evaluated again later, so a closure variable that has been rebound
+meanwhile (a loop's, say) cannot put another function's gradient in the place of this one's. One evaluation's
+activations are kept, however many steps the solver took.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ._adjoint import Implicit
+from ._isolate import evaluate_without, shield
+from ._problem import Problem
+from ._report import OnFailure, report_failures
+from ._solution import AdjointReport, Status
+from .linear import AutogradJacobian, ResidualJacobian
+
+
+@dataclass
+class Backward:
+    """What one backward pass needs: how to solve, where to report, and the recorded evaluation.
+
+    Attributes:
+        dead: `(B,)` bool, samples whose gradient is zero whatever comes in; None if there are none.
+        status: `(B,)`, how the forward solve ended.
+        operator: `A` at the solution.
+        record: fn's recorded output.
+    """
+
+    adjoint: Implicit
+    problem: Problem
+    dead: Tensor | None
+    status: Tensor
+    report: AdjointReport
+    on_failure: OnFailure
+    site: tuple[str, int]
+    operator: ResidualJacobian
+    record: AutogradJacobian
+
+    def solve(self, v: Tensor) -> Tensor:
+        """The gradient with respect to fn's output for the gradient `v` with respect to z*, `(B, n)` both."""
+        before = self.problem.evaluations
+        if self.dead is not None:
+            v = torch.where(self.dead[:, None], 0.0, v)
+        found = self.adjoint.solve(self.operator, v)
+        status = found.status if self.dead is None else torch.where(self.dead, self.status, found.status)
+        layout = self.problem.layout
+        self.report.status = layout.per_sample(status)
+        self.report.residual = layout.per_sample(found.residual)
+        self.report.steps = layout.per_sample(found.steps)
+        self.report.evaluations = self.problem.evaluations - before
+        failed = bool((found.status != int(Status.CONVERGED)).any())
+        if failed or self.dead is not None:
+            shield(self.record.output, self.record.state)
+        if failed:
+            what = f"backward of {self.problem.kind} (the gradient of these samples is zero)"
+            report_failures(what, found.status, self.on_failure, site=self.site)
+        return found.value if self.problem.kind == "fixed_point" else -found.value
+
+
+class _Start(torch.autograd.Function):
+    """The identity on `z`, as the start of a recorded graph: gradients end here and accumulate nowhere."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, z: Tensor) -> Tensor:
+        return z.view_as(z)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return None, None
+
+
+class _Attach(torch.autograd.Function):
+    """`z*`, with the implicit function theorem as its derivative with respect to fn's recorded output."""
+
+    @staticmethod
+    def forward(ctx: Any, backward: Backward, output: Tensor, z: Tensor) -> Tensor:
+        ctx.of = backward
+        return z.view_as(z)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{ctx.of.problem.kind}: create_graph=True asks for a derivative of the gradient, and torchimplicit "
+                "has first derivatives only so far; call backward or torch.autograd.grad without create_graph."
+            )
+        return None, ctx.of.solve(grads[0]), None
+
+
+class _Inert(torch.autograd.Function):
+    """`z` unchanged, with an exactly zero gradient with respect to the other inputs."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, *inputs: Tensor) -> Tensor:
+        ctx.inputs = [(t.shape, t.dtype, t.device) for t in inputs]
+        return z.view_as(z)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        zeros = (torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.inputs)
+        return grads[0], *zeros
+
+
+def attach(
+    problem: Problem,
+    z: Tensor,
+    status: Tensor,
+    finite: Tensor,
+    z0: list[Tensor],
+    adjoint: Implicit,
+    report: AdjointReport,
+    on_failure: OnFailure,
+    site: tuple[str, int],
+) -> Tensor:
+    """`z*`, `(B, n)`, differentiable in everything that fn reads.
+
+    Args:
+        problem: the equation.
+        z: the solution without a graph, `(B, n)`.
+        status: how each sample ended, `(B,)`.
+        finite: whether fn is finite at z, `(B,)`.
+        z0: leaves of the start: their gradient is exactly zero, which costs nothing.
+        adjoint: how to solve the adjoint system.
+        report: filled by the backward pass.
+        on_failure: what becomes of failures of the adjoint solve.
+        site: the user's line, for warnings.
+    """
+    dead = adjoint.without_gradient(status)
+    any_dead = bool(dead.any())
+    starts = [t for t in z0 if t.requires_grad]
+    with torch.enable_grad():
+        start = _start_of_graph(z)
+        inputs: list[Tensor] = []
+        if any_dead and not bool(finite[dead].all()):
+            # fn is NaN or infinite somewhere in this evaluation, and 0·NaN = NaN: take those samples out of it.
+            output, inputs = evaluate_without(problem, start, dead | ~finite)
+        else:
+            output = problem.output(start)
+        if output is None or not _reads_more(problem, output, start):
+            return _inert(z, [*inputs, *starts])
+        record = AutogradJacobian(output, start, problem.count)
+        operator = ResidualJacobian(record, shifted=problem.kind == "fixed_point")
+        if problem.has_closed_form and not any_dead:
+            with torch.no_grad():
+                operator = problem.linearize(z, output.detach())
+        backward = Backward(
+            adjoint=adjoint,
+            problem=problem,
+            dead=dead if any_dead else None,
+            status=status,
+            report=report,
+            on_failure=on_failure,
+            site=site,
+            operator=operator,
+            record=record,
+        )
+        attached: Tensor = _Attach.apply(backward, output, z)  # pyright: ignore[reportAssignmentType]
+        return _inert(attached, starts)
+
+
+def _start_of_graph(z: Tensor) -> Tensor:
+    """`z` as a differentiable start of a graph that ends there."""
+    return _Start.apply(torch.empty(0, requires_grad=True), z)  # pyright: ignore[reportReturnType]
+
+
+def _inert(z: Tensor, inputs: list[Tensor]) -> Tensor:
+    return _Inert.apply(z, *inputs) if inputs else z  # pyright: ignore[reportReturnType]
+
+
+def _reads_more(problem: Problem, output: Tensor, start: Tensor) -> bool:
+    """Whether fn's recorded output depends on anything that requires a gradient beside the start of its graph."""
+    if any(isinstance(t, Tensor) and t.requires_grad for t in pytree.tree_leaves(problem.args)):
+        return True
+    pending, seen = [output.grad_fn], {start.grad_fn}
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        if not node.next_functions or node.name().endswith("AccumulateGrad"):
+            return True
+        seen.add(node)
+        pending.extend(following for following, _ in node.next_functions)
+    return False

@@ -1,0 +1,182 @@
+"""Pytrees of tensors to and from one real matrix `(B, n)`: the only shape that solvers see."""
+
+from dataclasses import dataclass
+from functools import reduce
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ._solution import PyTree
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the leaves of a state lie in the columns of a matrix `(B, n)`.
+
+    The first `batch_dims` dims of every leaf index the `B` independent problems. A complex leaf takes two real
+    columns per entry, so that solvers and derivatives work on ℝⁿ and need no holomorphic functions. Leaves of less
+    than single precision are widened: the solver's algebra is done in at least float32.
+
+    Attributes:
+        spec: the tree structure.
+        shapes: shape of each leaf.
+        dtypes: dtype of each leaf.
+        batch_shape: the leading dims that index independent problems.
+        sizes: real columns of each leaf.
+        dtype: dtype of the matrix.
+        device: device of the matrix.
+        simple: one real leaf of the matrix's own dtype, so that packing is a view.
+    """
+
+    spec: pytree.TreeSpec
+    shapes: tuple[torch.Size, ...]
+    dtypes: tuple[torch.dtype, ...]
+    batch_shape: torch.Size
+    sizes: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    simple: bool
+
+    @property
+    def samples(self) -> int:
+        """`B`, the number of independent problems."""
+        return prod(self.batch_shape)
+
+    @property
+    def size(self) -> int:
+        """`n`, the real unknowns of one problem."""
+        return sum(self.sizes)
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """`(B, n)`."""
+        return self.samples, self.size
+
+    @staticmethod
+    def of(z: PyTree, batch_dims: int) -> "Layout":
+        """Read the layout off a state.
+
+        Raises:
+            TypeError: if a leaf is no floating-point or complex tensor.
+            ValueError: if `batch_dims` is negative, larger than a leaf's ndim, or the leaves' batch shapes differ.
+        """
+        leaves, spec = pytree.tree_flatten(z)
+        _check_leaves(leaves, batch_dims)
+        real = [leaf.dtype.to_real() for leaf in leaves]
+        dtype = reduce(torch.promote_types, real, torch.float32)
+        batch = leaves[0].shape[:batch_dims]
+        sizes = tuple(prod(t.shape[batch_dims:]) * (2 if t.is_complex() else 1) for t in leaves)
+        simple = len(leaves) == 1 and leaves[0].dtype == dtype
+        return Layout(
+            spec=spec,
+            shapes=tuple(t.shape for t in leaves),
+            dtypes=tuple(t.dtype for t in leaves),
+            batch_shape=batch,
+            sizes=sizes,
+            dtype=dtype,
+            device=leaves[0].device,
+            simple=simple,
+        )
+
+    def pack(self, leaves: list[Tensor]) -> Tensor:
+        """Leaves to the matrix `(B, n)`; differentiable."""
+        if self.simple:
+            return leaves[0].reshape(self.matrix_shape)
+        columns = [
+            (torch.view_as_real(t.resolve_conj()) if t.is_complex() else t).reshape(self.samples, size)
+            for t, size in zip(leaves, self.sizes, strict=True)
+        ]
+        return torch.cat([c.to(self.dtype) for c in columns], dim=1)
+
+    def unpack(self, matrix: Tensor) -> PyTree:
+        """The matrix `(B, n)` to a pytree with the shapes and dtypes of the state; differentiable."""
+        if self.simple:
+            return pytree.tree_unflatten([matrix.reshape(self.shapes[0])], self.spec)
+        leaves = []
+        for column, shape, dtype in zip(
+            matrix.split(self.sizes, dim=1), self.shapes, self.dtypes, strict=True
+        ):
+            if dtype.is_complex:
+                pairs = column.to(dtype.to_real()).reshape(*shape, 2).contiguous()
+                leaves.append(torch.view_as_complex(pairs))
+            else:
+                leaves.append(column.to(dtype).reshape(shape))
+        return pytree.tree_unflatten(leaves, self.spec)
+
+    def per_sample(self, vector: Tensor) -> Tensor:
+        """A vector `(..., B)` of per-sample figures in the batch shape `(..., *batch)`."""
+        return vector.reshape(*vector.shape[:-1], *self.batch_shape)
+
+    def check_output(self, out: Any, what: str) -> list[Tensor]:
+        """The leaves of fn's output, checked against the state's structure, shapes and dtypes.
+
+        Raises:
+            TypeError: another structure (None, say), a non-floating dtype, or more precision than the state has.
+            ValueError: another shape.
+        """
+        if self.simple and type(out) is Tensor and out.shape == self.shapes[0] and out.dtype == self.dtype:
+            return [out]
+        leaves, spec = pytree.tree_flatten(out)
+        if spec != self.spec or not all(isinstance(leaf, Tensor) for leaf in leaves):
+            raise TypeError(
+                f"{what}: fn must return the structure of z0, {_describe(self.spec, self.shapes)}, "
+                f"but it returned {_name(out)}; return one tensor for each leaf of z0."
+            )
+        for leaf, shape, dtype in zip(leaves, self.shapes, self.dtypes, strict=True):
+            if leaf.shape != shape:
+                raise ValueError(
+                    f"{what}: fn must return the shape of z0, {tuple(shape)}, but it returned {tuple(leaf.shape)}; "
+                    "give z0 the shape of the solution, or fix what fn returns."
+                )
+            floating = leaf.is_floating_point() or leaf.is_complex()
+            if not floating or torch.promote_types(leaf.dtype, dtype) != dtype:
+                raise TypeError(
+                    f"{what}: fn returned {leaf.dtype} for a state of {dtype}; give z0 the dtype of the result, "
+                    f"z0.to({leaf.dtype})."
+                    if floating
+                    else f"{what}: fn returned {leaf.dtype}; it must return a floating-point or complex tensor."
+                )
+        return leaves
+
+
+def _check_leaves(leaves: list[Any], batch_dims: int) -> None:
+    if isinstance(batch_dims, bool) or not isinstance(batch_dims, int) or batch_dims < 0:
+        raise ValueError(f"batch_dims={batch_dims!r} is not valid; give an integer >= 0.")
+    if not leaves:
+        raise TypeError("z0 has no tensors; give a tensor or a pytree (tuple, list, dict) of tensors.")
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor):
+            raise TypeError(f"z0 must hold tensors only, but a leaf is {_name(leaf)}; use torch.as_tensor.")
+        if not (leaf.is_floating_point() or leaf.is_complex()):
+            raise TypeError(
+                f"z0 must be floating point or complex, but is {leaf.dtype}; use z0.float() or z0.double()."
+            )
+        if batch_dims > leaf.ndim:
+            raise ValueError(
+                f"batch_dims={batch_dims} is larger than z0.ndim={leaf.ndim} (shape {tuple(leaf.shape)}); "
+                "give the number of leading dims that index independent problems."
+            )
+        if leaf.shape[:batch_dims] != leaves[0].shape[:batch_dims]:
+            raise ValueError(
+                f"batch_dims={batch_dims}: the leaves of z0 must share their first {batch_dims} dims, but have "
+                f"{tuple(leaves[0].shape)} and {tuple(leaf.shape)}."
+            )
+        if leaf.device != leaves[0].device:
+            raise ValueError(
+                f"z0: all leaves must be on one device, but are on {leaves[0].device} and {leaf.device}."
+            )
+
+
+def _name(value: Any) -> str:
+    return "None" if value is None else f"{type(value).__name__}"
+
+
+def _describe(spec: pytree.TreeSpec, shapes: tuple[torch.Size, ...]) -> str:
+    return (
+        f"a tensor of shape {tuple(shapes[0])}"
+        if spec.is_leaf()
+        else str(pytree.tree_unflatten([tuple(s) for s in shapes], spec))
+    )

@@ -1,0 +1,69 @@
+"""Base of every configuration object: a frozen dataclass that refuses unknown and invalid options by name."""
+
+import difflib
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+
+def nearest(word: str, valid: Iterable[str]) -> str:
+    """A sentence that lists the valid names and points to the one closest to `word`."""
+    names = list(valid)
+    match = difflib.get_close_matches(word, names, n=1, cutoff=0.4)
+    hint = f"did you mean {match[0]!r}? " if match else ""
+    return f"{hint}Valid: {', '.join(names)}."
+
+
+def refuse_unknown(call: str, given: Iterable[str], valid: Iterable[str]) -> None:
+    """Raise `TypeError` for the first name in `given` that is not in `valid`, naming the nearest valid one."""
+    names = list(valid)
+    for name in given:
+        if name not in names:
+            raise TypeError(f"{call}: unknown option {name!r}; {nearest(name, names)}")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Base class of solvers, linear solvers and adjoints: hyper-parameters only, validated at construction.
+
+    Raises:
+        TypeError: for a name that is not a field; the message names the nearest valid one.
+    """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Check the names before dataclass' own `__init__` sees them."""
+        refuse_unknown(cls.__name__, kwargs, [f.name for f in fields(cls)])
+        return super().__new__(cls)
+
+    def _require(self, name: str, ok: bool, wanted: str) -> None:
+        if not ok:
+            raise ValueError(
+                f"{type(self).__name__}: {name}={getattr(self, name)!r} is not valid; give {wanted}."
+            )
+
+    def _require_number(
+        self, name: str, low: float, high: float = math.inf, *, open_low: bool = False, optional: bool = False
+    ) -> None:
+        value = getattr(self, name)
+        if value is None and optional:
+            return
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        inside = number and value <= high and (value > low if open_low else value >= low)
+        interval = f"{'(' if open_low else '['}{low}, {high}{')' if math.isinf(high) else ']'}"
+        self._require(name, inside, f"a finite number in {interval}{' or None' if optional else ''}")
+
+    def _require_count(self, name: str, low: int, *, optional: bool = False) -> None:
+        value = getattr(self, name)
+        if value is None and optional:
+            return
+        ok = isinstance(value, int) and not isinstance(value, bool) and value >= low
+        self._require(name, ok, f"an integer >= {low}{' or None' if optional else ''}")
+
+    def _require_choice(self, name: str, choices: Iterable[str]) -> None:
+        value = getattr(self, name)
+        names = list(choices)
+        if value not in names:
+            raise ValueError(
+                f"{type(self).__name__}: {name}={value!r} is not known; {nearest(str(value), names)}"
+            )

@@ -1,0 +1,83 @@
+"""The equation to solve, in residual form, on matrices `(B, n)`; counts the calls of the user's function."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ._layout import Layout
+from ._solution import PyTree
+from .linear import AutogradJacobian, JacobianOperator, ResidualJacobian, SuppliedJacobian
+
+Kind = Literal["fixed_point", "root"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation at a state: fn's `value` and the `residual`, both `(B, n)`."""
+
+    value: Tensor
+    residual: Tensor
+
+
+class Problem:
+    """`z = fn(z, *args)` or `fn(z, *args) = 0` as one residual `r(z)` whose zero is wanted.
+
+    `r = fn(z) − z` for a fixed point and `r = −fn(z)` for a root, so that `z + r` is the plain (Picard or Richardson)
+    step in both cases, and with `A = −∂r/∂z` Newton's step is `A⁻¹ r` in both cases.
+
+    Attributes:
+        evaluations: calls of fn so far, Jacobian products included.
+        epsilon: rounding unit of fn's values; larger than the state's own under autocast.
+    """
+
+    def __init__(self, kind: Kind, fn: Any, args: tuple[Any, ...], layout: Layout) -> None:
+        self.kind: Kind = kind
+        self.fn = fn
+        self.args = args
+        self.layout = layout
+        self.evaluations = 0
+        self.epsilon = torch.finfo(layout.dtype).eps
+
+    def output(self, z: Tensor) -> Tensor:
+        """fn's value `(B, n)` at a state `(B, n)`; differentiable where grad mode is on."""
+        self.evaluations += 1
+        leaves = self.layout.check_output(self.fn(self.layout.unpack(z), *self.args), self.kind)
+        if not self.layout.simple:
+            self.epsilon = max(torch.finfo(leaf.dtype).eps for leaf in leaves)
+        return self.layout.pack(leaves)
+
+    def evaluate(self, z: Tensor) -> Evaluation:
+        """Value and residual at a state `(B, n)`."""
+        value = self.output(z)
+        return Evaluation(value, value - z if self.kind == "fixed_point" else -value)
+
+    def scale(self, evaluation: Evaluation, norm: Callable[[Tensor], Tensor]) -> Tensor | None:
+        """The scale of the relative tolerance at a state, `(B,)`: `‖fn(z)‖` for a fixed point; None for a root.
+
+        The units of a root's fn are not those of z; its scale is the initial residual's norm.
+        """
+        return norm(evaluation.value) if self.kind == "fixed_point" else None
+
+    @property
+    def has_closed_form(self) -> bool:
+        """Whether fn supplies its Jacobian itself (see `JacobianOperator`); one tensor as state only."""
+        return self.layout.simple and hasattr(self.fn, "linearize")
+
+    def linearize(self, z: Tensor, value: Tensor) -> ResidualJacobian:
+        """`A = −∂r/∂z` at a state, from the closed form where fn supplies one, else by automatic differentiation."""
+        jacobian: JacobianOperator
+        if self.has_closed_form:
+            shape = self.layout.shapes[0]
+            self.evaluations += 1
+            operator = self.fn.linearize(z.reshape(shape), value.reshape(shape), *self.args)
+            jacobian = SuppliedJacobian(operator, shape, self.layout.matrix_shape, self.count)
+        else:
+            jacobian = AutogradJacobian.at(self.output, z, self.count)
+        return ResidualJacobian(jacobian, shifted=self.kind == "fixed_point")
+
+    def count(self, products: int) -> None:
+        """Add Jacobian products to the evaluations."""
+        self.evaluations += products

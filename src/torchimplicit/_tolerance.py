@@ -1,0 +1,63 @@
+"""When a residual counts as zero: the tolerance of each sample, and what the dtype can reach."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ._norms import norm_function
+from ._problem import Evaluation, Problem
+from .solvers import Solver
+
+_REACH = 4.0
+"""Rounding units of fn's value below which a residual is noise."""
+
+
+class Tolerance:
+    """The test `‖r(z)‖ ≤ atol + rtol·scale` of one solve.
+
+    Attributes:
+        norm: the solver's norm, `(B, n) -> (B,)`.
+    """
+
+    def __init__(self, problem: Problem, solver: Solver, start: Evaluation) -> None:
+        self.norm: Callable[[Tensor], Tensor] = norm_function(solver.norm)
+        self._problem = problem
+        epsilon = problem.epsilon
+        self._rtol = epsilon ** (2 / 3) if solver.rtol is None else solver.rtol
+        first = self.norm(start.residual)
+        # Without an absolute tolerance of the user's a residual reduced by 1/ε counts as zero: it has no units.
+        self._atol = solver.atol if solver.atol is not None else epsilon * _finite(first)
+        self._first = first
+
+    def limit(self, evaluation: Evaluation) -> Tensor | float:
+        """What the residual's norm must not exceed at this evaluation, `(B,)` or one number for all."""
+        if self._rtol == 0.0:
+            return self._atol
+        scale = self._problem.scale(evaluation, self.norm)
+        if scale is None:
+            scale = _finite(self._first)
+        return self._atol + max(self._rtol, _REACH * self._problem.epsilon) * scale
+
+    def reached(self, z: Tensor, norm: Tensor, evaluation: Evaluation) -> Tensor:
+        """Whether a residual is no more than rounding, `(B,)`: nothing smaller can be reached in this dtype.
+
+        For a fixed point: `‖r‖ ≤ 4ε‖fn(z)‖`. For a root: no component of fn is larger than it changes, to first
+        order, when every component of z moves by a few rounding units (a componentwise backward error, Oettli &
+        Prager 1964): z is then an exact root of a function that the dtype cannot tell from fn.
+        """
+        epsilon = self._problem.epsilon
+        scale = self._problem.scale(evaluation, self.norm)
+        if scale is not None:
+            return norm <= _REACH * epsilon * scale
+        noise = torch.zeros_like(z)
+        signs = torch.ones(z.shape[1], dtype=z.dtype, device=z.device)
+        for pattern in (signs, signs.cumsum(0).remainder(2) * 2 - 1):
+            moved = self._problem.evaluate(z + _REACH * epsilon * pattern * z)
+            noise = torch.maximum(noise, (moved.residual - evaluation.residual).abs())
+        return (evaluation.residual.abs() <= noise).all(dim=1)
+
+
+def _finite(norm: Tensor) -> Tensor:
+    """The norm where it is finite, else 0: an infinite start must not make everything small."""
+    return torch.where(norm.isfinite(), norm, 0.0)

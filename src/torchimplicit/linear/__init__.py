@@ -1,0 +1,12 @@
+"""Linear algebra of batches: Jacobian operators and the solvers of `A x = b`, one system per sample."""
+
+from ._gmres import GMRES as GMRES
+from ._lu import LU as LU
+from ._operator import AutogradJacobian as AutogradJacobian
+from ._operator import JacobianOperator as JacobianOperator
+from ._operator import ResidualJacobian as ResidualJacobian
+from ._operator import SuppliedJacobian as SuppliedJacobian
+from ._operator import Transposed as Transposed
+from ._solver import LinearOperator as LinearOperator
+from ._solver import LinearSolution as LinearSolution
+from ._solver import LinearSolver as LinearSolver

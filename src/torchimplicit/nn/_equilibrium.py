@@ -1,0 +1,107 @@
+"""`TanhEquilibrium`: `z = tanh(W z + x)`, the layer the project grew from, with its Jacobian in closed form."""
+
+from dataclasses import dataclass
+from typing import Never
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .._adjoint import Implicit
+from .._options import refuse_unknown
+from .._report import OnFailure
+from ..solvers._base import AnySolver
+from ._layer import FixedPoint
+
+_OPTIONS = ("solver", "adjoint", "max_steps", "on_failure", "device", "dtype")
+
+
+@dataclass(frozen=True)
+class _TanhJacobian:
+    """`J = D W` with `D = diag(1 − tanh²)`, one per sample; products in the batch's own shape `(B, n)`."""
+
+    slope: Tensor
+    weight: Tensor
+
+    def mv(self, p: Tensor) -> Tensor:
+        """`D W p`."""
+        return self.slope * functional.linear(p, self.weight)
+
+    def rmv(self, u: Tensor) -> Tensor:
+        """`Wᵀ D u`."""
+        return torch.matmul(self.slope * u, self.weight)
+
+    def dense(self) -> Tensor:
+        """`(B, n, n)`."""
+        return self.slope[..., :, None] * self.weight
+
+
+class TanhCell(nn.Module):
+    """`tanh(W z + x)`, and its Jacobian.
+
+    Args:
+        features: n, the size of z and x.
+        device: of W.
+        dtype: of W.
+    """
+
+    def __init__(
+        self, features: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.linear = nn.Linear(features, features, bias=False, device=device, dtype=dtype)
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        """`(..., n)`, `(..., n)` to `(..., n)`."""
+        return torch.tanh(self.linear(z) + x)
+
+    def linearize(self, z: Tensor, value: Tensor, x: Tensor) -> _TanhJacobian:
+        """The Jacobian at z, where `value = tanh(W z + x)`: `1 − value²` is the slope."""
+        return _TanhJacobian(1.0 - value * value, self.linear.weight.detach())
+
+
+class TanhEquilibrium(FixedPoint):
+    """The layer `z = tanh(W z + x)` of the deep implicit layers tutorial (Kolter, Duvenaud & Johnson, NeurIPS 2020).
+
+    `W` is `layer.linear.weight`, initialised as `nn.Linear(features, features, bias=False)`; the start is z = 0. Input and
+    output have shape `(..., features)`; every row is a problem of its own.
+
+    Args:
+        features: n.
+        solver: None is `Anderson()`.
+        adjoint: None is `Implicit()`.
+        max_steps: None is the solver's default.
+        on_failure: `"warn"`, `"raise"` or `"ignore"`.
+        device: of W.
+        dtype: of W.
+    """
+
+    cell: TanhCell
+
+    def __init__(
+        self,
+        features: int,
+        *,
+        solver: AnySolver | None = None,
+        adjoint: Implicit | None = None,
+        max_steps: int | None = None,
+        on_failure: OnFailure = "warn",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **unknown: Never,
+    ) -> None:
+        refuse_unknown(type(self).__name__, unknown, _OPTIONS)
+        if isinstance(features, bool) or not isinstance(features, int) or features < 1:
+            raise ValueError(f"features={features!r} is not valid; give an integer >= 1.")
+        super().__init__(
+            TanhCell(features, device, dtype),
+            solver=solver,
+            adjoint=adjoint,
+            max_steps=max_steps,
+            on_failure=on_failure,
+        )
+
+    @property
+    def linear(self) -> nn.Linear:
+        """`W`, as a linear layer."""
+        return self.cell.linear

@@ -1,0 +1,117 @@
+"""`FixedPoint` and `Root`: a cell in, an implicit layer out."""
+
+from collections.abc import Callable
+from typing import Any, ClassVar, Never
+
+import torch
+from torch import Tensor, nn
+
+from .._adjoint import Implicit
+from .._api import fixed_point, root
+from .._options import refuse_unknown
+from .._report import OnFailure, check_on_failure
+from .._solution import PyTree, Solution
+from ..diagnostics import record
+from ..solvers._base import AnySolver
+
+_OPTIONS = ("solver", "adjoint", "batch_dims", "max_steps", "on_failure", "init")
+
+
+class _Implicit(nn.Module):
+    """What the two layers share: options, start, `forward` and `solve`. No state but the cell's own."""
+
+    _call: ClassVar[Callable[..., Solution]]
+
+    def __init__(
+        self,
+        cell: Callable[..., PyTree],
+        *,
+        solver: AnySolver | None = None,
+        adjoint: Implicit | None = None,
+        batch_dims: int = 1,
+        max_steps: int | None = None,
+        on_failure: OnFailure = "warn",
+        init: Callable[..., PyTree] | None = None,
+        **unknown: Never,
+    ) -> None:
+        super().__init__()
+        refuse_unknown(type(self).__name__, unknown, _OPTIONS)
+        check_on_failure(on_failure)
+        if not callable(cell):
+            raise TypeError(
+                f"cell must be callable, but is {type(cell).__name__}; give an nn.Module or a function."
+            )
+        self.cell = cell
+        self.init = init
+        self.solver = solver
+        self.adjoint = adjoint
+        self.batch_dims = batch_dims
+        self.max_steps = max_steps
+        self.on_failure: OnFailure = on_failure
+
+    def forward(self, *inputs: PyTree) -> PyTree:
+        """The solution z for these inputs: `solve(*inputs).value`."""
+        return self.solve(*inputs).value
+
+    def solve(self, *inputs: PyTree, trace: bool = False) -> Solution:
+        """The solution for these inputs with its evidence, a `Solution`."""
+        solution = type(self)._call(
+            self.cell,
+            self._start(*inputs),
+            *inputs,
+            solver=self.solver,
+            adjoint=self.adjoint,
+            batch_dims=self.batch_dims,
+            max_steps=self.max_steps,
+            on_failure=self.on_failure,
+            trace=trace,
+        )
+        record(self, solution)
+        return solution
+
+    def extra_repr(self) -> str:
+        """The options."""
+        return f"solver={self.solver}, adjoint={self.adjoint}, batch_dims={self.batch_dims}"
+
+    def _start(self, *inputs: PyTree) -> PyTree:
+        if self.init is not None:
+            return self.init(*inputs)
+        if not inputs or not isinstance(inputs[0], Tensor):
+            raise TypeError(
+                f"{type(self).__name__} starts from zeros like its first input, which must be a tensor but is "
+                f"{type(inputs[0]).__name__ if inputs else 'missing'}; give init=, a callable of the inputs."
+            )
+        return torch.zeros_like(inputs[0])
+
+
+class FixedPoint(_Implicit):
+    """The layer `z = cell(z, *inputs)`.
+
+    >>> import torch, torchimplicit as ti
+    >>> class Cell(torch.nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.linear = torch.nn.Linear(8, 8)
+    ...     def forward(self, z, x):
+    ...         return torch.tanh(0.5 * self.linear(z) + x)
+    >>> layer = ti.nn.FixedPoint(Cell(), solver=ti.Anderson())
+    >>> layer(torch.randn(4, 8)).shape
+    torch.Size([4, 8])
+
+    Args:
+        cell: maps `(z, *inputs)` to the next z: an `nn.Module`, whose parameters are the layer's, or a function.
+        solver: None is `Anderson()`.
+        adjoint: None is `Implicit()`.
+        batch_dims: leading dims of z that index independent samples.
+        max_steps: None is the solver's default.
+        on_failure: `"warn"`, `"raise"` or `"ignore"`.
+        init: gives the start from the inputs, a callable or a Module; None starts from zeros like the first input.
+    """
+
+    _call = staticmethod(fixed_point)  # pyright: ignore[reportAssignmentType]
+
+
+class Root(_Implicit):
+    """The layer `cell(z, *inputs) = 0`; as `FixedPoint`, with `solver=None` meaning `Newton()`."""
+
+    _call = staticmethod(root)  # pyright: ignore[reportAssignmentType]

@@ -1,0 +1,92 @@
+"""The contract of a nonlinear solver: `init` and `step`; the loop, convergence and failure live elsewhere."""
+
+from abc import ABC, abstractmethod
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from .._norms import NORMS, Norm
+from .._options import Options
+from .._problem import Evaluation, Problem
+
+State = TypeVar("State")
+
+
+@dataclass(frozen=True)
+class Step(Generic[State]):
+    """What a step hands back to the loop.
+
+    Attributes:
+        z: the new iterate `(B, n)`; equal to the old one where a sample is not active.
+        evaluation: fn evaluated at `z`.
+        state: the solver's own state.
+        failure: `(B,)`, a failure `Status` per sample or −1; None when no sample failed.
+    """
+
+    z: Tensor
+    evaluation: Evaluation
+    state: State
+    failure: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Solver(Options, ABC, Generic[State]):
+    """Base class of the solvers: a frozen record of hyper-parameters that holds no state.
+
+    A sample has converged when `‖r(z)‖ ≤ atol + rtol·scale` with `r` evaluated at the returned z. The scale is
+    `‖fn(z)‖` for a fixed point and `‖fn(z0)‖` for a root.
+
+    Args:
+        rtol: relative tolerance; None is `ε^(2/3)` of the dtype (4e-11 in float64, 2e-5 in float32). Never
+            effective below `4ε`, which is what the dtype can reach.
+        atol: absolute tolerance in the units of the residual; None is `ε·‖r(z0)‖`, which has no units to get wrong.
+        norm: `"rms"`, `"two"`, `"max"` or a callable `(B, n) -> (B,)`.
+        check_every: steps between two looks at the residuals; larger values save synchronisations on a GPU.
+    """
+
+    _: KW_ONLY
+    rtol: float | None = None
+    atol: float | None = None
+    norm: Norm = "rms"
+    check_every: int = 1
+
+    max_steps: ClassVar[int]
+    """Steps taken at most unless the call says otherwise."""
+    patience: ClassVar[int]
+    """Steps without a new best residual after which a sample has stalled."""
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        self._require_number("rtol", 0.0, optional=True)
+        self._require_number("atol", 0.0, optional=True)
+        self._require_count("check_every", 1)
+        if not callable(self.norm):
+            self._require_choice("norm", NORMS)
+
+    @abstractmethod
+    def init(self, problem: Problem, z: Tensor, evaluation: Evaluation) -> State:
+        """The state before the first step. Tensors in it have the batch first."""
+
+    @abstractmethod
+    def step(
+        self, problem: Problem, z: Tensor, evaluation: Evaluation, state: State, active: Tensor | None
+    ) -> Step[State]:
+        """Move the active samples by one step and evaluate fn there.
+
+        Args:
+            problem: the equation.
+            z: the iterate, `(B, n)`.
+            evaluation: fn at `z`.
+            state: of the step before.
+            active: `(B,)` bool, samples still running; None if all are.
+        """
+
+
+AnySolver = Solver[Any]
+
+
+def hold(active: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
+    """`new` for the active samples and `old` for the others, `(B, n)`."""
+    return new if active is None else torch.where(active[:, None], new, old)
