@@ -13,6 +13,8 @@ from .diagnostics import Monitor as Monitor
 from .diagnostics import monitor as monitor
 from .linear import GMRES as GMRES
 from .linear import LU as LU
+from .linear import Cascade as Cascade
+from .linear import Neumann as Neumann
 from .solvers import Anderson as Anderson
 from .solvers import Newton as Newton
 from .solvers import Picard as Picard
@@ -24,10 +26,12 @@ __all__ = [
     "LU",
     "AdjointReport",
     "Anderson",
+    "Cascade",
     "ConvergenceError",
     "ConvergenceWarning",
     "Implicit",
     "Monitor",
+    "Neumann",
     "Newton",
     "Picard",
     "Solution",

@@ -8,13 +8,7 @@ from torch import Tensor
 
 from ._options import Options
 from ._solution import Status
-from .linear import GMRES, LU, LinearOperator, LinearSolution, LinearSolver, Transposed
-
-_SMALL = 16
-"""Unknowns up to which the dense solve is cheaper than a Krylov one."""
-_DENSE_LIMIT = 2**30
-"""Bytes of `(B, n, n)` up to which a failed Krylov solve is repeated by LU."""
-
+from .linear import Cascade, LinearSolution, LinearSolver, ResidualJacobian
 
 @dataclass(frozen=True)
 class Implicit(Options):
@@ -24,8 +18,7 @@ class Implicit(Options):
     the loss. A sample whose adjoint system cannot be solved contributes exactly zero, and its status says why.
 
     Args:
-        linear_solver: None takes `LU` for up to 16 unknowns, else `GMRES`, and repeats with `LU` the samples that
-            GMRES cannot solve, where memory allows.
+        linear_solver: None is `Cascade()`: Neumann series, GMRES, LU, each for the samples that need it.
         rtol: of the adjoint system, `‖v − Aᵀu‖ ≤ rtol·‖v‖`; None is `ε^(2/3)` of the dtype.
         unconverged: gradient of a sample that ran out of steps or stalled: `"linearize"` takes that of the equation
             linearised at its best iterate, `"zero"` none. (A sample that is NONFINITE, DIVERGED or SINGULAR has none.)
@@ -38,7 +31,7 @@ class Implicit(Options):
     def __post_init__(self) -> None:
         """Validate."""
         ok = self.linear_solver is None or isinstance(self.linear_solver, LinearSolver)
-        self._require("linear_solver", ok, "None, torchimplicit.LU() or torchimplicit.GMRES()")
+        self._require("linear_solver", ok, "None or a linear solver such as torchimplicit.LU() or torchimplicit.GMRES()")
         self._require_number("rtol", 0.0, 1.0, open_low=True, optional=True)
         self._require_choice("unconverged", ("linearize", "zero"))
 
@@ -49,24 +42,11 @@ class Implicit(Options):
             dead = dead | (status != int(Status.CONVERGED))
         return dead
 
-    def solve(self, operator: LinearOperator, v: Tensor) -> LinearSolution:
+    def solve(self, operator: ResidualJacobian, v: Tensor) -> LinearSolution:
         """`Aᵀu = v` for each sample, `(B, n)`; zero where it could not be solved."""
         rtol = torch.finfo(v.dtype).eps ** (2 / 3) if self.rtol is None else self.rtol
         rtol = max(rtol, 4 * torch.finfo(v.dtype).eps)
-        transposed = Transposed(operator)
-        batch, n = v.shape
-        solver = self.linear_solver or (LU() if n <= _SMALL else GMRES())
-        found = solver.solve(transposed, v, rtol)
-        if self.linear_solver is None and n > _SMALL and batch * n * n * v.element_size() <= _DENSE_LIMIT:
-            failed = (found.status != int(Status.CONVERGED)) & (found.status != int(Status.NONFINITE))
-            if bool(failed.any()):
-                again = LU().solve(transposed, torch.where(failed[:, None], v, 0.0), rtol)
-                found = LinearSolution(
-                    torch.where(failed[:, None], again.value, found.value),
-                    torch.where(failed, again.status, found.status),
-                    torch.where(failed, again.residual, found.residual),
-                    found.steps,
-                )
+        found = (self.linear_solver or Cascade()).solve(operator.mT, v, rtol)
         solved = found.status == int(Status.CONVERGED)
         value = torch.where(solved[:, None], found.value, 0.0)
         return LinearSolution(value, found.status, found.residual, found.steps)

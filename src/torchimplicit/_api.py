@@ -69,9 +69,7 @@ def fixed_point(
         ConvergenceError: a sample failed and `on_failure="raise"`.
     """
     refuse_unknown("fixed_point", unknown, _OPTIONS)
-    return _solve(
-        "fixed_point", fn, z0, args, solver or Anderson(), adjoint, batch_dims, max_steps, on_failure, trace
-    )
+    return _solve("fixed_point", fn, z0, args, solver or Anderson(), adjoint, batch_dims, max_steps, on_failure, trace)
 
 
 def root(
@@ -117,9 +115,7 @@ def root(
         ConvergenceError: a sample failed and `on_failure="raise"`.
     """
     refuse_unknown("root", unknown, _OPTIONS)
-    return _solve(
-        "root", fn, z0, args, solver or Newton(), adjoint, batch_dims, max_steps, on_failure, trace
-    )
+    return _solve("root", fn, z0, args, solver or Newton(), adjoint, batch_dims, max_steps, on_failure, trace)
 
 
 def _solve(
@@ -148,9 +144,7 @@ def _solve(
     report = AdjointReport()
     z = outcome.z
     if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
-        z = attach(
-            problem, z, outcome.status, outcome.finite, leaves, adjoint, report, on_failure, call_site()
-        )
+        z = attach(problem, z, outcome.status, outcome.finite, leaves, adjoint, report, on_failure, call_site())
     converged = outcome.status == int(Status.CONVERGED)
     solution = Solution(
         value=layout.unpack(z),
@@ -176,9 +170,7 @@ def _check_call(fn: Any, solver: Any, adjoint: Any, max_steps: Any, on_failure: 
         )
     if not isinstance(adjoint, Implicit):
         raise TypeError(f"adjoint={adjoint!r} is no adjoint; give torchimplicit.Implicit(), an instance.")
-    if max_steps is not None and (
-        isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 0
-    ):
+    if max_steps is not None and (isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 0):
         raise ValueError(f"max_steps={max_steps!r} is not valid; give an integer >= 0 or None.")
     check_on_failure(on_failure)
 

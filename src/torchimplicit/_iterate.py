@@ -54,11 +54,13 @@ def iterate(problem: Problem, solver: Solver, z: Tensor, max_steps: int, keep_tr
             break
         taken = solver.step(problem, z, evaluation, state, books.active)
         z, evaluation, state = taken.z, taken.evaluation, taken.state
-        norm = tolerance.norm(evaluation.residual)
-        if keep_trace:
-            history.append(norm)
-        if step % solver.check_every == 0 or step == max_steps or taken.failure is not None:
-            books.enter(step, z, evaluation, norm, taken.failure, solver.patience)
+        check = step % solver.check_every == 0 or step == max_steps or taken.failure is not None
+        if check or keep_trace:
+            norm = tolerance.norm(evaluation.residual)
+            if keep_trace:
+                history.append(norm)
+            if check:
+                books.enter(step, z, evaluation, norm, taken.failure, solver.patience)
     outcome = books.close(problem)
     if keep_trace:
         trace = torch.stack(history) if history else outcome.residual.new_zeros(0, z.shape[0])
@@ -80,77 +82,73 @@ class _Books:
         self._first = norm
         self._norm = norm
         self._z = z
-        self._evaluation = evaluation
         self._best_z = z
         self._best = torch.where(norm.isnan(), torch.inf, norm)
-        self._steps = torch.zeros_like(norm, dtype=torch.long)
+        self._improved = torch.zeros_like(norm, dtype=torch.long)
+        self._ended = torch.zeros_like(self._improved)
         self._step = 0
-        self._improved = torch.zeros_like(self._steps)
-        finished = norm <= tolerance.limit(evaluation)
-        self._status = torch.where(finished, int(Status.CONVERGED), _RUNNING)
-        broken = ~norm.isfinite()
-        self._status = torch.where(broken, int(Status.NONFINITE), self._status)
+        self._quiet = 0
+        status = torch.where(norm <= tolerance.limit(evaluation), int(Status.CONVERGED), _RUNNING)
+        self._status = torch.where(norm.isfinite(), status, int(Status.NONFINITE))
         self.active: Tensor | None = None
-        self.running = norm.numel() > 0
-        if bool((finished | broken).any()):
-            self._refresh()
+        self._left = norm.numel()
+        self._count(self._status == _RUNNING)
 
-    def _refresh(self) -> None:
-        """Bring `active` and `running` up to date with the status."""
-        self.active = self._status == _RUNNING
-        self.running = bool(self.active.any())
+    @property
+    def running(self) -> bool:
+        """Whether a sample still runs."""
+        return self._left > 0
+
+    def _count(self, running: Tensor) -> None:
+        """Take note of who is left; `active` stays None while nobody has ended."""
+        left = int(running.sum())
+        if left < self._left:
+            if self.active is not None or self._step:
+                before = torch.ones_like(running) if self.active is None else self.active
+                self._ended = torch.where(before & ~running, self._step, self._ended)
+            self.active, self._left = running, left
 
     def enter(
-        self,
-        step: int,
-        z: Tensor,
-        evaluation: Evaluation,
-        norm: Tensor,
-        failure: Tensor | None,
-        patience: int,
+        self, step: int, z: Tensor, evaluation: Evaluation, norm: Tensor, failure: Tensor | None, patience: int
     ) -> None:
         """Take note of the iterate after `step`."""
-        taken, self._step = step - self._step, step
-        self._steps += taken if self.active is None else self.active * taken
-        self._z, self._evaluation = z, evaluation
-        finished = norm <= self._tolerance.limit(evaluation)
+        self._step, self._z = step, z
+        above = (norm <= self._tolerance.limit(evaluation)).logical_not_()
         better = norm <= self._best
-        quiet = failure is None and bool(better.all())
-        if quiet:
+        if failure is None and bool(better.all()):
             # The usual case, every residual fell: the new iterate is the best one, nothing to sort out.
-            self._best_z, self._best = z, norm
-            self._improved.fill_(step)
+            self._best_z, self._best, self._quiet = z, norm, step
         else:
-            self._sort_out(step, z, norm, better, failure, patience)
+            failed = self._sort_out(step, z, norm, better, failure, patience)
+            self._status = torch.where((self._status == _RUNNING) & above, failed, self._status)
         self._norm = norm
-        if not quiet or bool(finished.any()):
-            running = self._status == _RUNNING
-            self._status = torch.where(running & finished, int(Status.CONVERGED), self._status)
-            self._refresh()
+        running = above & (self._status == _RUNNING)
+        if int(running.sum()) < self._left:
+            finished = (self._status == _RUNNING) & ~above
+            self._status = torch.where(finished, int(Status.CONVERGED), self._status)
+            self._count(running)
 
     def _sort_out(
         self, step: int, z: Tensor, norm: Tensor, better: Tensor, failure: Tensor | None, patience: int
-    ) -> None:
-        """Keep the best iterate and end the samples that failed."""
+    ) -> Tensor:
+        """Keep the best iterate; returns the failure status of each sample, `_RUNNING` for none."""
         self._best_z = torch.where(better[:, None], z, self._best_z)
         self._best = torch.where(better, norm, self._best)
-        self._improved = torch.where(better, step, self._improved)
-        running = self._status == _RUNNING
+        self._improved = torch.where(better, step, self._improved.clamp_min(self._quiet))
         grown = torch.where(self._norm.isnan(), torch.inf, self._norm) > _GROWN * self._best
         stalled = step - self._improved >= patience
-        ended = torch.where(
-            stalled, torch.where(grown, int(Status.DIVERGED), int(Status.STALLED)), _RUNNING
-        )
+        ended = torch.where(stalled, torch.where(grown, int(Status.DIVERGED), int(Status.STALLED)), _RUNNING)
         ended = torch.where(norm > _DIVERGENCE * self._first, int(Status.DIVERGED), ended)
         # A sample that was running away overflowed; one that was not met a hole in fn's domain.
         nonfinite = torch.where(grown, int(Status.DIVERGED), int(Status.NONFINITE))
         ended = torch.where(norm.isfinite(), ended, nonfinite)
         if failure is not None:
             ended = torch.where(failure >= 0, failure, ended)
-        self._status = torch.where(running, ended, self._status)
+        return ended
 
     def close(self, problem: Problem) -> Outcome:
         """The final word on every sample."""
+        steps = torch.where(self._status == _RUNNING, self._step, self._ended)
         status = torch.where(self._status == _RUNNING, int(Status.MAX_STEPS), self._status)
         converged = status == int(Status.CONVERGED)
         z, residual = self._z, self._norm
@@ -165,4 +163,4 @@ class _Books:
             # Nothing non-finite leaves the library, not even a start that was not finite.
             z = torch.where(z.isfinite(), z, 0.0)
         finite = residual.isfinite()
-        return Outcome(z, torch.where(finite, residual, torch.inf), status, self._steps, None, finite)
+        return Outcome(z, torch.where(finite, residual, torch.inf), status, steps, None, finite)

@@ -1,7 +1,7 @@
 """Pytrees of tensors to and from one real matrix `(B, n)`: the only shape that solvers see."""
 
 from dataclasses import dataclass
-from functools import reduce
+from functools import cached_property, reduce
 from math import prod
 from typing import Any
 
@@ -29,6 +29,7 @@ class Layout:
         dtype: dtype of the matrix.
         device: device of the matrix.
         simple: one real leaf of the matrix's own dtype, so that packing is a view.
+        bare: `simple`, and the state is that tensor itself.
     """
 
     spec: pytree.TreeSpec
@@ -39,21 +40,12 @@ class Layout:
     dtype: torch.dtype
     device: torch.device
     simple: bool
+    bare: bool
 
-    @property
-    def samples(self) -> int:
-        """`B`, the number of independent problems."""
-        return prod(self.batch_shape)
-
-    @property
-    def size(self) -> int:
-        """`n`, the real unknowns of one problem."""
-        return sum(self.sizes)
-
-    @property
+    @cached_property
     def matrix_shape(self) -> tuple[int, int]:
-        """`(B, n)`."""
-        return self.samples, self.size
+        """`(B, n)`: the number of independent problems, and the real unknowns of one."""
+        return prod(self.batch_shape), sum(self.sizes)
 
     @staticmethod
     def of(z: PyTree, batch_dims: int) -> "Layout":
@@ -79,6 +71,7 @@ class Layout:
             dtype=dtype,
             device=leaves[0].device,
             simple=simple,
+            bare=simple and spec.is_leaf(),
         )
 
     def pack(self, leaves: list[Tensor]) -> Tensor:
@@ -86,19 +79,19 @@ class Layout:
         if self.simple:
             return leaves[0].reshape(self.matrix_shape)
         columns = [
-            (torch.view_as_real(t.resolve_conj()) if t.is_complex() else t).reshape(self.samples, size)
+            (torch.view_as_real(t.resolve_conj()) if t.is_complex() else t).reshape(self.matrix_shape[0], size)
             for t, size in zip(leaves, self.sizes, strict=True)
         ]
         return torch.cat([c.to(self.dtype) for c in columns], dim=1)
 
     def unpack(self, matrix: Tensor) -> PyTree:
         """The matrix `(B, n)` to a pytree with the shapes and dtypes of the state; differentiable."""
+        if self.bare:
+            return matrix.reshape(self.shapes[0])
         if self.simple:
             return pytree.tree_unflatten([matrix.reshape(self.shapes[0])], self.spec)
         leaves = []
-        for column, shape, dtype in zip(
-            matrix.split(self.sizes, dim=1), self.shapes, self.dtypes, strict=True
-        ):
+        for column, shape, dtype in zip(matrix.split(self.sizes, dim=1), self.shapes, self.dtypes, strict=True):
             if dtype.is_complex:
                 pairs = column.to(dtype.to_real()).reshape(*shape, 2).contiguous()
                 leaves.append(torch.view_as_complex(pairs))
@@ -117,7 +110,7 @@ class Layout:
             TypeError: another structure (None, say), a non-floating dtype, or more precision than the state has.
             ValueError: another shape.
         """
-        if self.simple and type(out) is Tensor and out.shape == self.shapes[0] and out.dtype == self.dtype:
+        if self.bare and type(out) is Tensor and out.shape == self.shapes[0] and out.dtype == self.dtype:
             return [out]
         leaves, spec = pytree.tree_flatten(out)
         if spec != self.spec or not all(isinstance(leaf, Tensor) for leaf in leaves):
@@ -165,9 +158,7 @@ def _check_leaves(leaves: list[Any], batch_dims: int) -> None:
                 f"{tuple(leaves[0].shape)} and {tuple(leaf.shape)}."
             )
         if leaf.device != leaves[0].device:
-            raise ValueError(
-                f"z0: all leaves must be on one device, but are on {leaves[0].device} and {leaf.device}."
-            )
+            raise ValueError(f"z0: all leaves must be on one device, but are on {leaves[0].device} and {leaf.device}.")
 
 
 def _name(value: Any) -> str:

@@ -38,9 +38,7 @@ class Options:
 
     def _require(self, name: str, ok: bool, wanted: str) -> None:
         if not ok:
-            raise ValueError(
-                f"{type(self).__name__}: {name}={getattr(self, name)!r} is not valid; give {wanted}."
-            )
+            raise ValueError(f"{type(self).__name__}: {name}={getattr(self, name)!r} is not valid; give {wanted}.")
 
     def _require_number(
         self, name: str, low: float, high: float = math.inf, *, open_low: bool = False, optional: bool = False
@@ -64,6 +62,4 @@ class Options:
         value = getattr(self, name)
         names = list(choices)
         if value not in names:
-            raise ValueError(
-                f"{type(self).__name__}: {name}={value!r} is not known; {nearest(str(value), names)}"
-            )
+            raise ValueError(f"{type(self).__name__}: {name}={value!r} is not known; {nearest(str(value), names)}")

@@ -1,25 +1,36 @@
 """The equation to solve, in residual form, on matrices `(B, n)`; counts the calls of the user's function."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ._layout import Layout
-from ._solution import PyTree
 from .linear import AutogradJacobian, JacobianOperator, ResidualJacobian, SuppliedJacobian
 
 Kind = Literal["fixed_point", "root"]
 
 
-@dataclass(frozen=True)
 class Evaluation:
-    """One evaluation at a state: fn's `value` and the `residual`, both `(B, n)`."""
+    """One evaluation at a state: fn's `value` and the `residual`, both `(B, n)`.
 
-    value: Tensor
-    residual: Tensor
+    The residual is computed when it is first looked at: a plain Picard step between two checks never does.
+    """
+
+    __slots__ = ("_residual", "_start", "value")
+
+    def __init__(self, value: Tensor, start: Tensor | None = None, residual: Tensor | None = None) -> None:
+        self.value = value
+        self._start = start
+        self._residual = residual
+
+    @property
+    def residual(self) -> Tensor:
+        """`fn(z) − z` for a fixed point, `−fn(z)` for a root."""
+        if self._residual is None:
+            self._residual = -self.value if self._start is None else self.value - self._start
+        return self._residual
 
 
 class Problem:
@@ -52,7 +63,7 @@ class Problem:
     def evaluate(self, z: Tensor) -> Evaluation:
         """Value and residual at a state `(B, n)`."""
         value = self.output(z)
-        return Evaluation(value, value - z if self.kind == "fixed_point" else -value)
+        return Evaluation(value, z if self.kind == "fixed_point" else None)
 
     def scale(self, evaluation: Evaluation, norm: Callable[[Tensor], Tensor]) -> Tensor | None:
         """The scale of the relative tolerance at a state, `(B,)`: `‖fn(z)‖` for a fixed point; None for a root.

@@ -21,7 +21,11 @@ def check_on_failure(on_failure: str) -> None:
 
 
 def report_failures(
-    what: str, status: Tensor, on_failure: OnFailure, solution: Solution | None = None, site: tuple[str, int] | None = None
+    what: str,
+    status: Tensor,
+    on_failure: OnFailure,
+    solution: Solution | None = None,
+    site: tuple[str, int] | None = None,
 ) -> None:
     """Tell of the samples whose status is not CONVERGED, as `on_failure` says.
 

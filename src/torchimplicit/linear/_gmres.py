@@ -18,13 +18,14 @@ class GMRES(LinearSolver):
     """GMRES of Saad & Schultz (1986), restarted, for every sample of a batch at once; needs only products `A p`.
 
     Computed as *adaptive simpler GMRES* (Jiránek & Rozložník, "Adaptive version of Simpler GMRES", Numer. Algorithms
-    53, 2010): an orthonormal basis `Q` of the image `A K` is kept together with its preimages `P`, `A P = Q`. Each
-    step projects the residual on one more vector of `Q`. Differences to the textbook's Arnoldi form:
+    53, 2010): the basis that is orthonormal is that of the image `A K`, and each step projects the residual on one
+    more vector of it. Differences to the textbook's Arnoldi form:
 
     1. The residual itself is at hand after every step, so each sample stops on its own without a Hessenberg system.
     2. The next direction is the residual where the last step made progress, else the last basis vector; the first
        alone breaks down on stagnation (as GCR does), the second alone is ill-conditioned (Walker & Zhou 1994).
-    3. Every restart starts from the recomputed residual, and a sample is CONVERGED only if that one says so.
+    3. Every restart starts from the recomputed residual, and a sample is CONVERGED only if that one says so
+       (`verify=False` trusts the updated one, for steps whose effect is measured anyway).
 
     A sample whose Krylov space is exhausted above the tolerance is SINGULAR; one that runs out of steps is MAX_STEPS.
 
@@ -41,7 +42,7 @@ class GMRES(LinearSolver):
         self._require_count("restart", 1)
         self._require_count("max_steps", 1)
 
-    def solve(self, operator: LinearOperator, b: Tensor, rtol: float | Tensor) -> LinearSolution:
+    def solve(self, operator: LinearOperator, b: Tensor, rtol: float | Tensor, verify: bool = True) -> LinearSolution:
         """Solve `A x = b`, `b` `(B, n)`, until `‖b − A x‖ ≤ rtol·‖b‖` in each sample."""
         size = two(b)
         finite = size.isfinite()
@@ -56,7 +57,8 @@ class GMRES(LinearSolver):
         taken, previous = 0, two(run.residual)
         while taken < self.max_steps and bool(run.active.any()):
             taken += _cycle(operator, run, target, min(self.restart, self.max_steps - taken))
-            run.residual = torch.where(finite[:, None], b - operator.mv(run.value), 0.0)
+            if verify:
+                run.residual = torch.where(finite[:, None], b - operator.mv(run.value), 0.0)
             norm = two(run.residual)
             run.exhausted &= ~(norm <= target)
             # A cycle that gained nothing will not gain in the next one: GMRES(restart) has stagnated.
@@ -92,40 +94,51 @@ class _Run:
 
 
 def _cycle(operator: LinearOperator, run: _Run, target: Tensor, length: int) -> int:
-    """One restart cycle of at most `length` products; updates `run` in place and returns the products taken."""
+    """One restart cycle of at most `length` products; updates `run` in place and returns the products taken.
+
+    With directions `D`, `A D = Q R`: `Q` orthonormal, `R` upper triangular. The residual loses its part along each
+    new column of `Q`, `w = Qᵀ r`, and `x += D R⁻¹ w` at the end. A sample that is done has the weight 0 from then on.
+    """
     batch, n = run.residual.shape
-    tiny = 4 * torch.finfo(run.residual.dtype).eps
-    # Rows [q | p] with A p = q, so that one product orthogonalises both.
-    basis = run.residual.new_empty(batch, length, 2 * n)
+    limits = torch.finfo(run.residual.dtype)
+    directions, basis = run.residual.new_empty(2, batch, length, n)
+    triangle = run.residual.new_zeros(batch, length, length)
     weights = run.residual.new_zeros(batch, length, 1)
-    residual, norm = run.residual, two(run.residual)
-    direction = residual / torch.where(norm > 0, norm, 1.0)[:, None]
-    active = run.active
+    zero = run.residual.new_zeros(())
+    residual, norm, active = run.residual, two(run.residual), run.active
+    # A direction's length does not matter in itself, but must not overflow.
+    direction = residual / norm.clamp_min(limits.tiny)[:, None]
     taken = 0
     while taken < length:
+        directions[:, taken] = direction
         image = operator.mv(direction)
-        pair = torch.cat((image, direction), dim=1)
+        whole = two(image)
         if taken:
             known = basis[:, :taken]
-            for _ in range(2):  # twice is enough (Giraud et al. 2005)
-                overlap = torch.bmm(pair[:, None, :n], known[:, :, :n].mT)
-                pair = torch.baddbmm(pair[:, None], overlap, known, alpha=-1)[:, 0]
-        length_before, length_after = two(image), two(pair[:, :n])
-        fresh = length_after > tiny * length_before
-        pair = pair / torch.where(fresh, length_after, 1.0)[:, None]
-        basis[:, taken] = torch.where((fresh & active)[:, None], pair, 0.0)
-        pair = basis[:, taken]
-        weight = (residual * pair[:, :n]).sum(dim=1)
-        weights[:, taken, 0] = weight
-        residual = torch.addcmul(residual, weight[:, None], pair[:, :n], value=-1)
-        run.steps += active
+            overlap = torch.bmm(image[:, None], known.mT)
+            image = torch.baddbmm(image[:, None], overlap, known, alpha=-1)[:, 0]
+            triangle[:, :taken, taken] = overlap[:, 0]
+        size = two(image)
+        fresh = size > (4 * limits.eps) * whole
+        size = size.clamp_min(limits.tiny)
+        triangle[:, taken, taken] = size
+        column = torch.div(image, size[:, None], out=basis[:, taken])
         run.exhausted |= active & ~fresh
+        run.steps += active
+        active = active & fresh
+        weight = torch.where(active, torch.linalg.vecdot(residual, column), zero)
+        weights[:, taken, 0] = weight
+        residual = torch.addcmul(residual, weight[:, None], column, value=-1)
         taken += 1
         previous, norm = norm, two(residual)
-        active = active & fresh & (norm > target)
+        active = active & (norm > target)
         if taken == length or not bool(active.any()):
             break
-        towards = residual / torch.where(norm > 0, norm, 1.0)[:, None]
-        direction = torch.where((norm <= _PROGRESS * previous)[:, None], towards, pair[:, :n])
-    run.value = run.value + torch.bmm(weights[:, :taken].mT, basis[:, :taken, n:])[:, 0]
+        direction = residual
+        stagnant = norm > _PROGRESS * previous
+        if bool(stagnant.any()):
+            direction = torch.where(stagnant[:, None], column, direction)
+    coefficients = torch.linalg.solve_triangular(triangle[:, :taken, :taken], weights[:, :taken], upper=True)
+    run.value = run.value + torch.bmm(coefficients.mT.contiguous(), directions[:, :taken])[:, 0]
+    run.residual = residual
     return taken

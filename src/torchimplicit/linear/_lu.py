@@ -18,9 +18,9 @@ class LU(LinearSolver):
     smallest to the largest pivot, after scaling every row to unit size, is below `n·ε`. Cost O(B n³), memory O(B n²).
     """
 
-    def solve(self, operator: LinearOperator, b: Tensor, rtol: float | Tensor) -> LinearSolution:
-        """Solve `A x = b`; `rtol` is not used. `b` is `(B, n)`."""
-        del rtol
+    def solve(self, operator: LinearOperator, b: Tensor, rtol: float | Tensor, verify: bool = True) -> LinearSolution:
+        """Solve `A x = b`; `b` is `(B, n)`. `rtol` and `verify` do not matter."""
+        del rtol, verify
         matrix = operator.dense()
         n = matrix.shape[-1]
         zeros = torch.zeros(b.shape[0], dtype=torch.long, device=b.device)

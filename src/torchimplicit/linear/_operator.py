@@ -1,22 +1,34 @@
-"""Jacobians as operators: by automatic differentiation, in closed form, shifted to `I − J`, transposed."""
+"""Jacobians as operators: by automatic differentiation, in closed form, and as `A = I − J` or its transpose."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
 
-from ._solver import LinearOperator
 
 
-class JacobianOperator(LinearOperator, Protocol):
+class JacobianOperator(Protocol):
     """The Jacobian `J = ∂fn/∂z` of each sample at one state.
 
     A function or cell may supply its own in closed form: give it a method `linearize(z, value, *args)` that returns
     an object with `mv(p)` and `rmv(u)` on tensors shaped like z, and `dense()` of shape `(B, n, n)`. `value` is
-    `fn(z, *args)`, already known. `torchimplicit.nn.TanhEquilibrium` does so.
+    `fn(z, *args)`, already known. An optional `select(samples)`, `(B,)` bool, gives the operator of some samples alone,
+    so that an iteration can go on with those that need it. `torchimplicit.nn.TanhEquilibrium` does so.
     """
+
+    def mv(self, p: Tensor) -> Tensor:
+        """`J p`."""
+        ...
+
+    def rmv(self, u: Tensor) -> Tensor:
+        """`Jᵀ u`."""
+        ...
+
+    def dense(self) -> Tensor:
+        """`J`, `(B, n, n)`."""
+        ...
 
 
 Count = Callable[[int], None]
@@ -54,9 +66,7 @@ class AutogradJacobian:
             return torch.zeros_like(p)
         with torch.inference_mode(False), torch.enable_grad():
             u = torch.zeros_like(self.output, requires_grad=True)
-            (transposed,) = torch.autograd.grad(
-                self.output, self.state, u, create_graph=True, materialize_grads=True
-            )
+            (transposed,) = torch.autograd.grad(self.output, self.state, u, create_graph=True, materialize_grads=True)
             if not transposed.requires_grad:
                 return torch.zeros_like(p)
             (product,) = torch.autograd.grad(transposed, u, p, materialize_grads=True)
@@ -67,9 +77,7 @@ class AutogradJacobian:
         self.count(1)
         if not self.output.requires_grad:
             return torch.zeros_like(u)
-        (product,) = torch.autograd.grad(
-            self.output, self.state, u, retain_graph=True, materialize_grads=True
-        )
+        (product,) = torch.autograd.grad(self.output, self.state, u, retain_graph=True, materialize_grads=True)
         return product
 
     def dense(self) -> Tensor:
@@ -113,6 +121,15 @@ class SuppliedJacobian:
         self.count(1)
         return self.operator.rmv(u.reshape(self.shape)).reshape(self.matrix_shape)
 
+    def select(self, samples: Tensor) -> "SuppliedJacobian | None":
+        """`J` of some samples alone, `(B,)` bool, where the supplied operator has a `select` too."""
+        if not hasattr(self.operator, "select") or len(self.shape) != 2:
+            return None
+        count, n = int(samples.sum()), self.shape[1]
+        return replace(
+            self, operator=self.operator.select(samples), shape=torch.Size((count, n)), matrix_shape=(count, n)
+        )
+
     def dense(self) -> Tensor:
         """`J`, `(B, n, n)`."""
         self.count(1)
@@ -122,43 +139,42 @@ class SuppliedJacobian:
 
 @dataclass(frozen=True)
 class ResidualJacobian:
-    """`A = −∂r/∂z`: `I − J` for a fixed point (`shifted`), `J` for a root."""
+    """`A = −∂r/∂z`, or its transpose: `I − J` for a fixed point (`shifted`), `J` for a root."""
 
     jacobian: JacobianOperator
     shifted: bool
+    transposed: bool = False
+
+    @property
+    def mT(self) -> "ResidualJacobian":
+        """The transpose."""
+        return replace(self, transposed=not self.transposed)
 
     def mv(self, p: Tensor) -> Tensor:
         """`A p`."""
-        product = self.jacobian.mv(p)
+        product = self._product(p)
         return p - product if self.shifted else product
 
-    def rmv(self, u: Tensor) -> Tensor:
-        """`Aᵀ u`."""
-        product = self.jacobian.rmv(u)
-        return u - product if self.shifted else product
+    def richardson(self, p: Tensor) -> Tensor:
+        """`p − A p`."""
+        product = self._product(p)
+        return product if self.shifted else p - product
 
     def dense(self) -> Tensor:
         """`A`, `(B, n, n)`."""
         matrix = self.jacobian.dense()
+        if self.transposed:
+            matrix = matrix.mT
         if not self.shifted:
             return matrix
         return torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device) - matrix
 
+    def select(self, samples: Tensor) -> "ResidualJacobian | None":
+        """`A` of some samples alone, where the Jacobian can be split."""
+        if not isinstance(self.jacobian, SuppliedJacobian):
+            return None
+        jacobian = self.jacobian.select(samples)
+        return None if jacobian is None else replace(self, jacobian=jacobian)
 
-@dataclass(frozen=True)
-class Transposed:
-    """`Aᵀ` of an operator."""
-
-    operator: LinearOperator
-
-    def mv(self, p: Tensor) -> Tensor:
-        """`Aᵀ p`."""
-        return self.operator.rmv(p)
-
-    def rmv(self, u: Tensor) -> Tensor:
-        """`A u`."""
-        return self.operator.mv(u)
-
-    def dense(self) -> Tensor:
-        """`Aᵀ`, `(B, n, n)`."""
-        return self.operator.dense().mT
+    def _product(self, p: Tensor) -> Tensor:
+        return self.jacobian.rmv(p) if self.transposed else self.jacobian.mv(p)

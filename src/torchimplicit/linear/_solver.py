@@ -16,12 +16,16 @@ class LinearOperator(Protocol):
         """`A p`, `(B, n)` to `(B, n)`."""
         ...
 
-    def rmv(self, u: Tensor) -> Tensor:
-        """`Aᵀ u`, `(B, n)` to `(B, n)`."""
+    def richardson(self, p: Tensor) -> Tensor:
+        """`p − A p`, `(B, n)` to `(B, n)`: what a plain step leaves of a residual."""
         ...
 
     def dense(self) -> Tensor:
         """`A`, `(B, n, n)`."""
+        ...
+
+    def select(self, samples: Tensor) -> "LinearOperator | None":
+        """The operator of some samples alone, `(B,)` bool, or None if that is not to be had."""
         ...
 
 
@@ -47,11 +51,12 @@ class LinearSolver(Options, ABC):
     """Base class: solves `A x = b` for each sample of a batch, each with its own stopping and status."""
 
     @abstractmethod
-    def solve(self, operator: LinearOperator, b: Tensor, rtol: float | Tensor) -> LinearSolution:
+    def solve(self, operator: LinearOperator, b: Tensor, rtol: float | Tensor, verify: bool = True) -> LinearSolution:
         """Solve until `‖b − A x‖₂ ≤ rtol·‖b‖₂` in each sample.
 
         Args:
             operator: `A`, one matrix per sample.
             b: right-hand sides, `(B, n)`.
             rtol: one tolerance, or one per sample `(B,)`. A direct solver ignores it.
+            verify: recompute the residual that the status is judged by; costs a product.
         """

@@ -38,9 +38,7 @@ class _Implicit(nn.Module):
         refuse_unknown(type(self).__name__, unknown, _OPTIONS)
         check_on_failure(on_failure)
         if not callable(cell):
-            raise TypeError(
-                f"cell must be callable, but is {type(cell).__name__}; give an nn.Module or a function."
-            )
+            raise TypeError(f"cell must be callable, but is {type(cell).__name__}; give an nn.Module or a function.")
         self.cell = cell
         self.init = init
         self.solver = solver

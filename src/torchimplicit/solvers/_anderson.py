@@ -16,16 +16,16 @@ class _History:
     """Differences of the last iterates of each sample, in a ring of `m` rows; empty rows are zero.
 
     Attributes:
-        step: `Δz + mixing·Δr`, `(B, m, n)`.
-        residual: `Δr`, `(B, m, n)`.
-        gram: `Δr Δrᵀ`, `(B, m, m)`.
-        filled: rows in use, `(B,)`.
+        pairs: rows `[Δr | Δz + mixing·Δr] / ‖Δr‖`, `(B, m, 2n)`.
+        gram: of the left halves, `(B, m, m)`, with the ridge on its diagonal of ones.
+        norm: of the residual at the current iterate, `(B,)`.
+        filled: whether a sample has any history, `(B,)`.
         next: the row that the next difference overwrites.
     """
 
-    step: Tensor
-    residual: Tensor
+    pairs: Tensor
     gram: Tensor
+    norm: Tensor
     filled: Tensor
     next: int = 0
 
@@ -38,8 +38,8 @@ class Anderson(Solver[_History]):
 
     1. The least-squares problem is solved by normal equations whose columns are scaled to unit length first, with a
        ridge *relative* to them: a ridge in absolute units stalls once the residuals are smaller than it.
-    2. A column of length zero (a sample at rest) is left out, and a sample whose Gram matrix cannot be factorised
-       takes the plain step: a singular history is survived.
+    2. The scaled Gram matrix has 1 + ridge on its diagonal, so dependent columns are survived; a column of length
+       zero (a sample at rest) gets the coefficient 0.
     3. Safeguard: a sample whose residual more than doubles, or is no longer finite, goes back to where it was, drops its history and
        continues with a plain step from there.
 
@@ -68,61 +68,60 @@ class Anderson(Solver[_History]):
         batch, n = z.shape
         m = min(self.history, max(n, 1))
         return _History(
-            step=z.new_zeros(batch, m, n),
-            residual=z.new_zeros(batch, m, n),
-            gram=z.new_zeros(batch, m, m),
-            filled=torch.zeros(batch, dtype=torch.long, device=z.device),
+            pairs=z.new_zeros(batch, m, 2 * n),
+            gram=torch.eye(m, dtype=z.dtype, device=z.device).repeat(batch, 1, 1),
+            norm=two(evaluation.residual),
+            filled=torch.zeros(batch, dtype=torch.bool, device=z.device),
         )
 
     def step(
         self, problem: Problem, z: Tensor, evaluation: Evaluation, state: _History, active: Tensor | None
     ) -> Step[_History]:
         """One accelerated step; see the class."""
+        n = z.shape[1]
         residual = evaluation.residual
         moved = torch.add(z, residual, alpha=self.mixing)
-        gamma = self._coefficients(state, residual)
-        moved = torch.baddbmm(moved[:, None], gamma[:, None], state.step, alpha=-1)[:, 0]
+        if state.next or bool(state.filled.any()):
+            projection = torch.bmm(residual[:, None], state.pairs[:, :, :n].mT)[:, 0]
+            gamma, _ = torch.linalg.solve_ex(state.gram, projection)
+            # A solution in LAPACK's column order would send the product below through a loop over the batch.
+            gamma = gamma.contiguous()
+            moved = torch.baddbmm(moved[:, None], gamma[:, None], state.pairs[:, :, n:], alpha=-1)[:, 0]
         new = hold(active, moved, z)
         found = problem.evaluate(new)
-        refused = (two(found.residual) <= 2.0 * two(residual)).logical_not_() & (state.filled > 0)
+        norm = two(found.residual)
+        # Also true of NaN, in the residual or in the coefficients.
+        refused = ~(norm <= 2.0 * state.norm) & state.filled
         if bool(refused.any()):
-            _forget(state, refused)
             keep = ~refused
+            _forget(state, keep)
             new = hold(keep, new, z)
             found = Evaluation(
-                hold(keep, found.value, evaluation.value), hold(keep, found.residual, residual)
+                hold(keep, found.value, evaluation.value), residual=hold(keep, found.residual, residual)
             )
-        self._remember(state, new - z, found.residual - residual, refused)
+            norm = torch.where(keep, norm, state.norm)
+        self._remember(state, new - z, found.residual - residual)
+        state.norm = norm
         return Step(new, found, state)
 
-    def _coefficients(self, state: _History, residual: Tensor) -> Tensor:
-        """`γ`, `(B, m)`; zero for an empty history."""
-        length = state.gram.diagonal(dim1=-2, dim2=-1).sqrt()
-        inverse = torch.where(length > 0, length, torch.inf).reciprocal()
-        scaled = state.gram * inverse[:, :, None] * inverse[:, None, :]
-        ridge = 10 * torch.finfo(residual.dtype).eps if self.ridge is None else self.ridge
-        # Unit diagonal plus ridge; an empty row has nothing but the diagonal, so its coefficient comes out 0.
-        scaled.diagonal(dim1=-2, dim2=-1).fill_(1.0 + ridge)
-        projection = torch.bmm(residual[:, None], state.residual.mT)[:, 0] * inverse
-        gamma, info = torch.linalg.solve_ex(scaled, projection)
-        sound = (info == 0) & gamma.isfinite().all(dim=1)
-        return torch.where(sound[:, None], gamma * inverse, 0.0)
-
-    def _remember(self, state: _History, dz: Tensor, dr: Tensor, refused: Tensor) -> None:
-        row = state.next
-        state.step[:, row] = torch.add(dz, dr, alpha=self.mixing)
-        state.residual[:, row] = dr
-        products = torch.bmm(dr[:, None], state.residual.mT)[:, 0]
+    def _remember(self, state: _History, dz: Tensor, dr: Tensor) -> None:
+        """Put a difference into the ring; one of length zero (a sample at rest, or refused) leaves an empty row."""
+        n, row = dz.shape[1], state.next
+        limits = torch.finfo(dr.dtype)
+        length = two(dr)
+        pair = torch.cat((dr, torch.add(dz, dr, alpha=self.mixing)), dim=1)
+        torch.div(pair, length.clamp_min(limits.tiny)[:, None], out=state.pairs[:, row])
+        products = torch.bmm(state.pairs[:, row, None, :n], state.pairs[:, :, :n].mT)[:, 0]
+        products[:, row] = 1.0 + (10 * limits.eps if self.ridge is None else self.ridge)
         state.gram[:, row, :] = products
         state.gram[:, :, row] = products
-        state.filled += ~refused
+        torch.gt(length, 0.0, out=state.filled)
         state.next = (row + 1) % state.gram.shape[1]
 
 
-def _forget(state: _History, samples: Tensor) -> None:
-    """Empty the history of some samples, `(B,)` bool."""
-    keep = ~samples
-    state.step = torch.where(keep[:, None, None], state.step, 0.0)
-    state.residual = torch.where(keep[:, None, None], state.residual, 0.0)
-    state.gram = torch.where(keep[:, None, None], state.gram, 0.0)
-    state.filled = torch.where(keep, state.filled, 0)
+def _forget(state: _History, keep: Tensor) -> None:
+    """Empty the history of the samples not in `keep`, `(B,)` bool."""
+    zero = state.gram.new_zeros(())
+    empty = torch.eye(state.gram.shape[1], dtype=state.gram.dtype, device=state.gram.device)
+    state.pairs = torch.where(keep[:, None, None], state.pairs, zero)
+    state.gram = torch.where(keep[:, None, None], state.gram, empty)

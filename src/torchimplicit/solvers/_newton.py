@@ -53,7 +53,7 @@ class Newton(Solver[_Progress]):
         """Validate."""
         super().__post_init__()
         ok = self.linear_solver is None or isinstance(self.linear_solver, LinearSolver)
-        self._require("linear_solver", ok, "None, torchimplicit.LU() or torchimplicit.GMRES()")
+        self._require("linear_solver", ok, "None or a linear solver such as torchimplicit.LU() or torchimplicit.GMRES()")
         self._require_count("max_backtracks", 0)
         self._require_number("forcing", 0.0, 1.0, open_low=True, optional=True)
 
@@ -70,7 +70,7 @@ class Newton(Solver[_Progress]):
         operator = problem.linearize(z, evaluation.value)
         # A resting sample's right-hand side is zero, which costs the linear solver nothing.
         residual = hold(active, evaluation.residual, torch.zeros_like(z))
-        solved = (self.linear_solver or LU()).solve(operator, residual, eta)
+        solved = (self.linear_solver or LU()).solve(operator, residual, eta, verify=False)
         running = active if active is not None else torch.ones_like(solved.status, dtype=torch.bool)
         singular = running & (solved.status >= int(Status.DIVERGED))
         new, found, stuck = self._search(problem, z, evaluation, solved.value, running & ~singular)
@@ -99,7 +99,7 @@ class Newton(Solver[_Progress]):
         if bool(stuck.any()):
             new = hold(stuck, z, new)
             found = Evaluation(
-                hold(stuck, start.value, found.value), hold(stuck, start.residual, found.residual)
+                hold(stuck, start.value, found.value), residual=hold(stuck, start.residual, found.residual)
             )
         return new, found, stuck
 
