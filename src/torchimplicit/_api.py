@@ -138,6 +138,7 @@ def _solve(
     problem = Problem(kind, fn, args, layout)
     with torch.no_grad():
         start = layout.pack([leaf.detach() for leaf in leaves])
+        _refuse_dual_value(problem, start)
         steps = solver.max_steps if max_steps is None else max_steps
         outcome = iterate(problem, solver, start, steps, trace)
     evaluations = problem.evaluations
@@ -182,10 +183,21 @@ def _refuse_transforms(kind: str, tensors: PyTree) -> None:
             f"{kind}: called inside a torch.func transform (grad, vmap, jvp, …), which torchimplicit does not support "
             "yet; use torch.autograd.grad or backward, and batch_dims in the place of vmap."
         )
-    level = forward_ad._current_level
-    if level >= 0:
-        for leaf in pytree.tree_leaves(tensors):
-            if isinstance(leaf, Tensor) and forward_ad.unpack_dual(leaf).tangent is not None:
-                raise RuntimeError(
-                    f"{kind}: forward-mode differentiation is not supported yet; use torch.autograd.grad or backward."
-                )
+    if forward_ad._current_level >= 0 and any(_is_dual(leaf) for leaf in pytree.tree_leaves(tensors)):
+        raise _forward_mode(kind)
+
+
+def _refuse_dual_value(problem: Problem, z: Tensor) -> None:
+    """The same for what fn closes over: inside `dual_level`, look at one value of fn."""
+    if forward_ad._current_level >= 0 and _is_dual(problem.output(z)):
+        raise _forward_mode(problem.kind)
+
+
+def _is_dual(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and forward_ad.unpack_dual(leaf).tangent is not None
+
+
+def _forward_mode(kind: str) -> RuntimeError:
+    return RuntimeError(
+        f"{kind}: forward-mode differentiation is not supported yet; use torch.autograd.grad or backward."
+    )

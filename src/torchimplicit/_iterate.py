@@ -15,6 +15,8 @@ _DIVERGENCE = 1e8
 """Growth of the residual over the initial one that counts as divergence."""
 _GROWN = 10.0
 """Growth over the best residual that tells a sample on its way out from one that hovers."""
+_LEAST_PROGRESS = 1e-5
+"""Relative fall of the best residual, over a solver's patience, without which a sample has stalled."""
 
 
 @dataclass(frozen=True)
@@ -79,15 +81,14 @@ class _Books:
     def __init__(self, tolerance: Tolerance, z: Tensor, evaluation: Evaluation) -> None:
         norm = tolerance.norm(evaluation.residual)
         self._tolerance = tolerance
-        self._first = norm
+        self._first = self._peak = norm
         self._norm = norm
-        self._z = z
-        self._best_z = z
+        self._z = self._best_z = z
+        self._evaluation = evaluation
         self._best = torch.where(norm.isnan(), torch.inf, norm)
-        self._improved = torch.zeros_like(norm, dtype=torch.long)
-        self._ended = torch.zeros_like(self._improved)
+        self._ended = torch.zeros_like(norm, dtype=torch.long)
         self._step = 0
-        self._quiet = 0
+        self._reference, self._looked = self._best, 0
         status = torch.where(norm <= tolerance.limit(evaluation), int(Status.CONVERGED), _RUNNING)
         self._status = torch.where(norm.isfinite(), status, int(Status.NONFINITE))
         self.active: Tensor | None = None
@@ -112,14 +113,17 @@ class _Books:
         self, step: int, z: Tensor, evaluation: Evaluation, norm: Tensor, failure: Tensor | None, patience: int
     ) -> None:
         """Take note of the iterate after `step`."""
-        self._step, self._z = step, z
-        above = (norm <= self._tolerance.limit(evaluation)).logical_not_()
+        self._step, self._z, self._evaluation = step, z, evaluation
+        above = (norm <= self._tolerance.limit(evaluation, self._peak)).logical_not_()
         better = norm <= self._best
-        if failure is None and bool(better.all()):
-            # The usual case, every residual fell: the new iterate is the best one, nothing to sort out.
-            self._best_z, self._best, self._quiet = z, norm, step
+        look = step - self._looked >= patience
+        if failure is None and not look and bool(better.all()):
+            # The usual case, no residual rose: the new iterate is the best one, nothing to sort out.
+            self._best_z, self._best = z, norm
         else:
-            failed = self._sort_out(step, z, norm, better, failure, patience)
+            failed = self._sort_out(z, norm, better, failure)
+            if look:
+                failed = torch.where(failed == _RUNNING, self._look(step, norm), failed)
             self._status = torch.where((self._status == _RUNNING) & above, failed, self._status)
         self._norm = norm
         running = above & (self._status == _RUNNING)
@@ -128,28 +132,32 @@ class _Books:
             self._status = torch.where(finished, int(Status.CONVERGED), self._status)
             self._count(running)
 
-    def _sort_out(
-        self, step: int, z: Tensor, norm: Tensor, better: Tensor, failure: Tensor | None, patience: int
-    ) -> Tensor:
+    def _sort_out(self, z: Tensor, norm: Tensor, better: Tensor, failure: Tensor | None) -> Tensor:
         """Keep the best iterate; returns the failure status of each sample, `_RUNNING` for none."""
+        self._peak = torch.fmax(self._peak, norm)
         self._best_z = torch.where(better[:, None], z, self._best_z)
         self._best = torch.where(better, norm, self._best)
-        self._improved = torch.where(better, step, self._improved.clamp_min(self._quiet))
-        grown = torch.where(self._norm.isnan(), torch.inf, self._norm) > _GROWN * self._best
-        stalled = step - self._improved >= patience
-        ended = torch.where(stalled, torch.where(grown, int(Status.DIVERGED), int(Status.STALLED)), _RUNNING)
-        ended = torch.where(norm > _DIVERGENCE * self._first, int(Status.DIVERGED), ended)
+        failed = torch.where(norm > _DIVERGENCE * self._first, int(Status.DIVERGED), _RUNNING)
         # A sample that was running away overflowed; one that was not met a hole in fn's domain.
-        nonfinite = torch.where(grown, int(Status.DIVERGED), int(Status.NONFINITE))
-        ended = torch.where(norm.isfinite(), ended, nonfinite)
-        if failure is not None:
-            ended = torch.where(failure >= 0, failure, ended)
-        return ended
+        nonfinite = torch.where(self._norm > _GROWN * self._best, int(Status.DIVERGED), int(Status.NONFINITE))
+        failed = torch.where(norm.isfinite(), failed, nonfinite)
+        return failed if failure is None else torch.where(failure >= 0, failure, failed)
+
+    def _look(self, step: int, norm: Tensor) -> Tensor:
+        """Who has stalled: whose best residual is no better than at the last look, `patience` steps ago."""
+        stuck = ~(self._best < (1 - _LEAST_PROGRESS) * self._reference)
+        self._reference, self._looked = self._best, step
+        kind = torch.where(norm > _GROWN * self._best, int(Status.DIVERGED), int(Status.STALLED))
+        return torch.where(stuck, kind, _RUNNING)
 
     def close(self, problem: Problem) -> Outcome:
         """The final word on every sample."""
         steps = torch.where(self._status == _RUNNING, self._step, self._ended)
         status = torch.where(self._status == _RUNNING, int(Status.MAX_STEPS), self._status)
+        if self._step:
+            doubtful = (status == int(Status.CONVERGED)) & (self._ended > 0)
+            doubtful &= ~self._tolerance.credible(self._evaluation, self._peak)
+            status = torch.where(doubtful, int(Status.DIVERGED), status)
         converged = status == int(Status.CONVERGED)
         z, residual = self._z, self._norm
         if not bool(converged.all()):
@@ -158,7 +166,7 @@ class _Books:
             spent = (status == int(Status.MAX_STEPS)) | (status == int(Status.STALLED))
             if bool(spent.any()):
                 found = problem.evaluate(z)
-                reached = spent & self._tolerance.reached(z, residual, found)
+                reached = spent & self._tolerance.reached(z, residual, found, self._peak)
                 status = torch.where(reached, int(Status.CONVERGED), status)
             # Nothing non-finite leaves the library, not even a start that was not finite.
             z = torch.where(z.isfinite(), z, 0.0)

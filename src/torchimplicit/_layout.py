@@ -101,7 +101,7 @@ class Layout:
 
     def per_sample(self, vector: Tensor) -> Tensor:
         """A vector `(..., B)` of per-sample figures in the batch shape `(..., *batch)`."""
-        return vector.reshape(*vector.shape[:-1], *self.batch_shape)
+        return vector.reshape((*vector.shape[:-1], *self.batch_shape))
 
     def check_output(self, out: Any, what: str) -> list[Tensor]:
         """The leaves of fn's output, checked against the state's structure, shapes and dtypes.

@@ -29,17 +29,39 @@ class Tolerance:
         # Without an absolute tolerance of the user's a residual reduced by 1/ε counts as zero: it has no units.
         self._atol = solver.atol if solver.atol is not None else epsilon * _finite(first)
         self._first = first
+        self._least = solver.atol or 0.0
 
-    def limit(self, evaluation: Evaluation) -> Tensor | float:
-        """What the residual's norm must not exceed at this evaluation, `(B,)` or one number for all."""
+    def limit(self, evaluation: Evaluation, peak: Tensor | None = None) -> Tensor | float:
+        """What the residual's norm must not exceed at this evaluation, `(B,)` or one number for all.
+
+        Args:
+            evaluation: where.
+            peak: largest residual on the way here, `(B,)`; None at the start.
+        """
         if self._rtol == 0.0:
             return self._atol
+        rtol = max(self._rtol, _REACH * self._problem.epsilon)
         scale = self._problem.scale(evaluation, self.norm)
         if scale is None:
-            scale = _finite(self._first)
-        return self._atol + max(self._rtol, _REACH * self._problem.epsilon) * scale
+            return self._atol + rtol * _finite(self._first)
+        limit = self._atol + rtol * scale
+        # A residual that has not fallen is no evidence, however far z has run: z ← z + c passes any relative test.
+        return limit if peak is None else torch.minimum(limit, self._fallen(peak))
 
-    def reached(self, z: Tensor, norm: Tensor, evaluation: Evaluation) -> Tensor:
+    def credible(self, evaluation: Evaluation, peak: Tensor) -> Tensor:
+        """Whether the rounding of fn's value is small beside the fall of the residual, `(B,)`.
+
+        Far enough out `z + c` rounds to z, and the residual of a map without a fixed point to zero.
+        """
+        scale = self._problem.scale(evaluation, self.norm)
+        if scale is None:
+            return torch.ones_like(peak, dtype=torch.bool)
+        return self._problem.epsilon * scale <= self._fallen(peak)
+
+    def _fallen(self, peak: Tensor) -> Tensor:
+        return (0.5 * peak).clamp_min(self._least)
+
+    def reached(self, z: Tensor, norm: Tensor, evaluation: Evaluation, peak: Tensor) -> Tensor:
         """Whether a residual is no more than rounding, `(B,)`: nothing smaller can be reached in this dtype.
 
         For a fixed point: `‖r‖ ≤ 4ε‖fn(z)‖`. For a root: no component of fn is larger than it changes, to first
@@ -49,7 +71,7 @@ class Tolerance:
         epsilon = self._problem.epsilon
         scale = self._problem.scale(evaluation, self.norm)
         if scale is not None:
-            return norm <= _REACH * epsilon * scale
+            return (norm <= _REACH * epsilon * scale) & (_REACH * epsilon * scale <= self._fallen(peak))
         noise = torch.zeros_like(z)
         signs = torch.ones(z.shape[1], dtype=z.dtype, device=z.device)
         for pattern in (signs, signs.cumsum(0).remainder(2) * 2 - 1):

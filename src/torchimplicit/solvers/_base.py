@@ -36,7 +36,8 @@ class Solver(Options, ABC, Generic[State]):
     """Base class of the solvers: a frozen record of hyper-parameters that holds no state.
 
     A sample has converged when `‖r(z)‖ ≤ atol + rtol·scale` with `r` evaluated at the returned z. The scale is
-    `‖fn(z)‖` for a fixed point and `‖fn(z0)‖` for a root.
+    `‖fn(z)‖` for a fixed point and `‖fn(z0)‖` for a root. For a fixed point that did not pass at z0, the residual must
+    also have fallen, to half of the largest on the way or to `atol`: far enough out, `z ← z + c` would pass otherwise.
 
     Args:
         rtol: relative tolerance; None is `ε^(2/3)` of the dtype (4e-11 in float64, 2e-5 in float32). Never
