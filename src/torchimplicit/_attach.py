@@ -59,7 +59,7 @@ class Backward:
         self.report.evaluations = self.problem.evaluations - before
         failed = bool((found.status != int(Status.CONVERGED)).any())
         if failed or self.dead is not None:
-            shield(self.record.output, self.record.state)
+            shield(self.record.output, self.record.state, everywhere=True)
         if failed:
             what = f"backward of {self.problem.kind} (the gradient of these samples is zero)"
             report_failures(what, found.status, self.on_failure, site=self.site)
@@ -138,15 +138,16 @@ def attach(
     any_dead = bool(dead.any())
     starts = [t for t in z0 if t.requires_grad]
     with torch.enable_grad():
-        start = _start_of_graph(z)
         inputs: list[Tensor] = []
         if any_dead and not bool(finite[dead].all()):
             # fn is NaN or infinite somewhere in this evaluation, and 0·NaN = NaN: take those samples out of it.
-            output, inputs = evaluate_without(problem, start, dead | ~finite)
+            output, start, inputs = evaluate_without(problem, z, dead | ~finite, _start_of_graph)
         else:
+            start = _start_of_graph(z)
             output = problem.output(start)
         if output is None or not _reads_more(problem, output, start):
             return _inert(z, [*inputs, *starts])
+        shield(output, start, everywhere=False)
         record = AutogradJacobian(output, start, problem.count)
         operator = ResidualJacobian(record, shifted=problem.kind == "fixed_point")
         if problem.has_closed_form and not any_dead:
