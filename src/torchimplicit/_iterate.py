@@ -43,8 +43,8 @@ class Outcome:
 def iterate(problem: Problem, solver: Solver, z: Tensor, max_steps: int, keep_trace: bool) -> Outcome:
     """Run `solver` on `problem` from `z`, `(B, n)`, for at most `max_steps` steps.
 
-    Between two checks (every `solver.check_every` steps) nothing is read back from the device. A sample that has
-    converged or failed is frozen at the check that finds it so.
+    Between two checks (every `solver.check_every` steps) nothing is read back from the device. What a sample returns is
+    settled at the check that finds it converged or failed, whatever the solver does with its row afterwards.
     """
     evaluation = problem.evaluate(z)
     tolerance = Tolerance(problem, solver, evaluation)
@@ -52,7 +52,7 @@ def iterate(problem: Problem, solver: Solver, z: Tensor, max_steps: int, keep_tr
     state = solver.init(problem, z, evaluation)
     history: list[Tensor] = []
     for step in range(1, max_steps + 1):
-        if not books.running:
+        if not books.left:
             break
         taken = solver.step(problem, z, evaluation, state, books.active)
         z, evaluation, state = taken.z, taken.evaluation, taken.state
@@ -63,74 +63,74 @@ def iterate(problem: Problem, solver: Solver, z: Tensor, max_steps: int, keep_tr
                 history.append(norm)
             if check:
                 books.enter(step, z, evaluation, norm, taken.failure, solver.patience)
-    outcome = books.close(problem)
-    if keep_trace:
-        trace = torch.stack(history) if history else outcome.residual.new_zeros(0, z.shape[0])
-        return Outcome(**{**vars(outcome), "trace": trace})
-    return outcome
+    return books.close(problem, history if keep_trace else None)
 
 
 class _Books:
-    """Per-sample bookkeeping: who runs, the best finite iterate, and how each sample ended.
+    """Per-sample bookkeeping: who runs, the best finite iterate, and what each sample returns.
 
     Attributes:
-        active: `(B,)` bool, or None while all samples run.
-        running: whether any does.
+        active: `(B,)` bool, the samples that run; None while all do.
+        left: how many run.
     """
 
     def __init__(self, tolerance: Tolerance, z: Tensor, evaluation: Evaluation) -> None:
         norm = tolerance.norm(evaluation.residual)
         self._tolerance = tolerance
-        self._first = self._peak = norm
-        self._norm = norm
-        self._z = self._best_z = z
-        self._evaluation = evaluation
-        self._best = torch.where(norm.isnan(), torch.inf, norm)
-        self._ended = torch.zeros_like(norm, dtype=torch.long)
         self._step = 0
+        self._norm = self._first = self._peak = norm
+        self._z = self._best_z = z
+        self._best = torch.where(norm.isnan(), torch.inf, norm)
         self._reference, self._looked = self._best, 0
-        status = torch.where(norm <= tolerance.limit(evaluation), int(Status.CONVERGED), _RUNNING)
-        self._status = torch.where(norm.isfinite(), status, int(Status.NONFINITE))
+        self._settled_z, self._settled = z, self._best
+        self._ended = torch.zeros_like(norm, dtype=torch.long)
+        self._status = torch.full_like(self._ended, _RUNNING)
         self.active: Tensor | None = None
-        self._left = norm.numel()
-        self._count(self._status == _RUNNING)
-
-    @property
-    def running(self) -> bool:
-        """Whether a sample still runs."""
-        return self._left > 0
-
-    def _count(self, running: Tensor) -> None:
-        """Take note of who is left; `active` stays None while nobody has ended."""
-        left = int(running.sum())
-        if left < self._left:
-            if self.active is not None or self._step:
-                before = torch.ones_like(running) if self.active is None else self.active
-                self._ended = torch.where(before & ~running, self._step, self._ended)
-            self.active, self._left = running, left
+        self.left = norm.numel()
+        status = torch.where(norm <= tolerance.limit(evaluation), int(Status.CONVERGED), _RUNNING)
+        self._settle(z, norm, torch.where(norm.isfinite(), status, int(Status.NONFINITE)))
 
     def enter(
         self, step: int, z: Tensor, evaluation: Evaluation, norm: Tensor, failure: Tensor | None, patience: int
     ) -> None:
         """Take note of the iterate after `step`."""
-        self._step, self._z, self._evaluation = step, z, evaluation
-        above = (norm <= self._tolerance.limit(evaluation, self._peak)).logical_not_()
+        self._step, self._z = step, z
+        within = norm <= self._tolerance.limit(evaluation, self._peak)
         better = norm <= self._best
         look = step - self._looked >= patience
-        if failure is None and not look and bool(better.all()):
+        quiet = better if self.active is None else better | ~self.active
+        if failure is None and not look and bool(quiet.all()):
             # The usual case, no residual rose: the new iterate is the best one, nothing to sort out.
             self._best_z, self._best = z, norm
+            finished = within if self.active is None else within & self.active
+            count = int(finished.sum())
+            if count:
+                self._end(finished, count, z, norm, int(Status.CONVERGED))
         else:
             failed = self._sort_out(z, norm, better, failure)
             if look:
                 failed = torch.where(failed == _RUNNING, self._look(step, norm), failed)
-            self._status = torch.where((self._status == _RUNNING) & above, failed, self._status)
+            self._settle(z, norm, torch.where(within, int(Status.CONVERGED), failed))
         self._norm = norm
-        running = above & (self._status == _RUNNING)
-        if int(running.sum()) < self._left:
-            finished = (self._status == _RUNNING) & ~above
-            self._status = torch.where(finished, int(Status.CONVERGED), self._status)
-            self._count(running)
+
+    def _settle(self, z: Tensor, norm: Tensor, status: Tensor) -> None:
+        """Settle what the samples return that run and whose `status` is no longer `_RUNNING`."""
+        status = torch.where(self._status == _RUNNING, status, _RUNNING)
+        ended = status != _RUNNING
+        count = int(ended.sum())
+        if count:
+            converged = status == int(Status.CONVERGED)
+            value = torch.where(converged[:, None], z, self._best_z)
+            self._end(ended, count, value, torch.where(converged, norm, self._best), status)
+
+    def _end(self, ended: Tensor, count: int, z: Tensor, norm: Tensor, status: Tensor | int) -> None:
+        """Some samples end here, with this value, residual norm and status."""
+        self._settled_z = torch.where(ended[:, None], z, self._settled_z)
+        self._settled = torch.where(ended, norm, self._settled)
+        self._ended = torch.where(ended, self._step, self._ended)
+        self._status = torch.where(ended, status, self._status)
+        self.active = ~ended if self.active is None else self.active & ~ended
+        self.left -= count
 
     def _sort_out(self, z: Tensor, norm: Tensor, better: Tensor, failure: Tensor | None) -> Tensor:
         """Keep the best iterate; returns the failure status of each sample, `_RUNNING` for none."""
@@ -150,25 +150,25 @@ class _Books:
         kind = torch.where(norm > _GROWN * self._best, int(Status.DIVERGED), int(Status.STALLED))
         return torch.where(stuck, kind, _RUNNING)
 
-    def close(self, problem: Problem) -> Outcome:
+    def close(self, problem: Problem, history: list[Tensor] | None) -> Outcome:
         """The final word on every sample."""
-        steps = torch.where(self._status == _RUNNING, self._step, self._ended)
-        status = torch.where(self._status == _RUNNING, int(Status.MAX_STEPS), self._status)
+        self._settle(self._z, self._norm, torch.full_like(self._status, int(Status.MAX_STEPS)))
+        z, residual, status = self._settled_z, self._settled, self._status
         if self._step:
-            doubtful = (status == int(Status.CONVERGED)) & (self._ended > 0)
-            doubtful &= ~self._tolerance.credible(self._evaluation, self._peak)
+            doubtful = (status == int(Status.CONVERGED)) & (self._ended > 0) & ~self._tolerance.credible(z, self._peak)
             status = torch.where(doubtful, int(Status.DIVERGED), status)
-        converged = status == int(Status.CONVERGED)
-        z, residual = self._z, self._norm
-        if not bool(converged.all()):
-            z = torch.where(converged[:, None], z, self._best_z)
-            residual = torch.where(converged, residual, self._best)
-            spent = (status == int(Status.MAX_STEPS)) | (status == int(Status.STALLED))
-            if bool(spent.any()):
-                found = problem.evaluate(z)
-                reached = spent & self._tolerance.reached(z, residual, found, self._peak)
-                status = torch.where(reached, int(Status.CONVERGED), status)
+        spent = (status == int(Status.MAX_STEPS)) | (status == int(Status.STALLED))
+        if bool(spent.any()):
+            found = problem.evaluate(z)
+            reached = spent & self._tolerance.reached(z, residual, found, self._peak)
+            status = torch.where(reached, int(Status.CONVERGED), status)
+        if bool((status == int(Status.NONFINITE)).any()):
             # Nothing non-finite leaves the library, not even a start that was not finite.
             z = torch.where(z.isfinite(), z, 0.0)
         finite = residual.isfinite()
-        return Outcome(z, torch.where(finite, residual, torch.inf), status, steps, None, finite)
+        trace = None
+        if history is not None:
+            rows = torch.stack(history) if history else residual.new_zeros(0, residual.numel())
+            after = torch.arange(1, len(rows) + 1, device=rows.device)[:, None] > self._ended
+            trace = torch.where(after, residual, rows)
+        return Outcome(z, torch.where(finite, residual, torch.inf), status, self._ended, trace, finite)

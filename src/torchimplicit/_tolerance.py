@@ -48,15 +48,14 @@ class Tolerance:
         # A residual that has not fallen is no evidence, however far z has run: z ← z + c passes any relative test.
         return limit if peak is None else torch.minimum(limit, self._fallen(peak))
 
-    def credible(self, evaluation: Evaluation, peak: Tensor) -> Tensor:
-        """Whether the rounding of fn's value is small beside the fall of the residual, `(B,)`.
+    def credible(self, z: Tensor, peak: Tensor) -> Tensor:
+        """Whether the rounding of a fixed point is small beside the fall of the residual on the way to it, `(B,)`.
 
         Far enough out `z + c` rounds to z, and the residual of a map without a fixed point to zero.
         """
-        scale = self._problem.scale(evaluation, self.norm)
-        if scale is None:
+        if self._problem.kind == "root":
             return torch.ones_like(peak, dtype=torch.bool)
-        return self._problem.epsilon * scale <= self._fallen(peak)
+        return self._problem.epsilon * self.norm(z) <= self._fallen(peak)
 
     def _fallen(self, peak: Tensor) -> Tensor:
         return (0.5 * peak).clamp_min(self._least)

@@ -19,7 +19,7 @@ class Step(Generic[State]):
     """What a step hands back to the loop.
 
     Attributes:
-        z: the new iterate `(B, n)`; equal to the old one where a sample is not active.
+        z: the new iterate `(B, n)`; whatever is cheapest where a sample is not active.
         evaluation: fn evaluated at `z`.
         state: the solver's own state.
         failure: `(B,)`, a failure `Status` per sample or −1; None when no sample failed.

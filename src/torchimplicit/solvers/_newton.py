@@ -14,37 +14,51 @@ from ._base import Solver, Step, hold
 
 _ARMIJO = 1e-4
 _ETA_MAX, _GAMMA = 0.5, 0.9
+_LONGEST_WAIT = 16
 
 
 @dataclass
 class _Progress:
-    """What the forcing term needs: the last residual norms and the last forcing terms, `(B,)` each."""
+    """What the next step needs to know of each sample, `(B,)` each.
+
+    Attributes:
+        norm: the residual's norm.
+        eta: the last forcing term.
+        wait: plain steps to take before the next Newton step; None where there can be none.
+        pause: length of the next wait.
+    """
 
     norm: Tensor
     eta: Tensor
+    wait: Tensor | None
+    pause: Tensor
 
 
 @dataclass(frozen=True)
 class Newton(Solver[_Progress]):
-    """`z ← z + t A⁻¹ r` with `A = −∂r/∂z`, and `t` from a backtracking line search, for each sample.
+    """`z ← z + t A⁻¹ r` with `A = −∂r/∂z`, with step control for each sample.
 
     `A` is formed by automatic differentiation (n reverse products at once) or in the closed form that fn supplies,
     and factorised by LAPACK: O(n³) time and O(n²) memory per sample. A sample whose matrix is singular is SINGULAR
-    and disturbs nobody. With a `GMRES` in `linear_solver` the steps need only products with `A` and are solved to the
-    forcing term of Eisenstat & Walker (1996), choice 2 with its safeguard.
+    and disturbs nobody. With a `GMRES` or `Cascade` in `linear_solver` the steps need only products with `A` and are
+    solved to the forcing term of Eisenstat & Walker (1996), choice 2 with its safeguard.
 
-    Step control: `t` is halved from 1 until `‖r(z + tδ)‖ ≤ (1 − 10⁻⁴ t)‖r(z)‖` (Dennis & Schnabel 1983, §6.3); a sample
-    that finds no such t is STALLED where it is.
+    Step control: a step must fall to `‖r(z + tδ)‖ ≤ (1 − 10⁻⁴ t)‖r(z)‖`, with t halved from 1 (Dennis & Schnabel 1983,
+    §6.3). A *fixed point* has another way out, tried before the halving: the plain step `z + r`. A sample that had to
+    take it takes 1, 2, 4, … more of them before it pays for another Newton step: far from the solution of a
+    contraction plain steps are the better ones, and the cheaper. A sample of a root that finds no t is STALLED.
 
     Args:
         linear_solver: None is `LU()`.
         max_backtracks: halvings tried; 0 takes full steps always (plain Newton, which may wander uphill).
         forcing: relative tolerance of the linear solves in (0, 1); None is Eisenstat–Walker. LU ignores it.
+        warmup: plain steps of a fixed point before the first Newton step; a sample leaves them when its residual rises.
     """
 
     linear_solver: LinearSolver | None = None
     max_backtracks: int = 12
     forcing: float | None = None
+    warmup: int = 0
 
     max_steps: ClassVar[int] = 100
     patience: ClassVar[int] = 30
@@ -56,52 +70,128 @@ class Newton(Solver[_Progress]):
         self._require("linear_solver", ok, "None or a linear solver such as torchimplicit.LU() or torchimplicit.GMRES()")
         self._require_count("max_backtracks", 0)
         self._require_number("forcing", 0.0, 1.0, open_low=True, optional=True)
+        self._require_count("warmup", 0)
 
     def init(self, problem: Problem, z: Tensor, evaluation: Evaluation) -> _Progress:
-        """Forcing starts at 0.1."""
+        """Forcing starts at 0.1; nobody waits."""
         norm = two(evaluation.residual)
-        return _Progress(norm, torch.full_like(norm, 0.1))
+        nobody = torch.zeros_like(norm, dtype=torch.long)
+        plain = problem.kind == "fixed_point" and self.max_backtracks > 0
+        return _Progress(norm, torch.full_like(norm, 0.1), nobody + self.warmup if plain else None, nobody + 1)
 
     def step(
         self, problem: Problem, z: Tensor, evaluation: Evaluation, state: _Progress, active: Tensor | None
     ) -> Step[_Progress]:
-        """One linear solve and the line search along its direction."""
-        eta = state.eta if self.forcing is None else self.forcing
+        """One linear solve and the search along its direction, or a plain step for those that wait."""
+        running = torch.ones_like(state.norm, dtype=torch.bool) if active is None else active
+        trying = running if state.wait is None else running & (state.wait == 0)
+        waiting = running & ~trying
+        if not bool(trying.any()):
+            new = hold(waiting, z + evaluation.residual, z)
+            return self._done(new, problem.evaluate(new), state, waiting, None, None)
         operator = problem.linearize(z, evaluation.value)
-        # A resting sample's right-hand side is zero, which costs the linear solver nothing.
-        residual = hold(active, evaluation.residual, torch.zeros_like(z))
+        # The right-hand side of all others is zero, which costs the linear solver nothing.
+        residual = hold(trying, evaluation.residual, torch.zeros_like(z))
+        eta = state.eta if self.forcing is None else self.forcing
         solved = (self.linear_solver or LU()).solve(operator, residual, eta, verify=False)
-        running = active if active is not None else torch.ones_like(solved.status, dtype=torch.bool)
-        singular = running & (solved.status >= int(Status.DIVERGED))
-        new, found, stuck = self._search(problem, z, evaluation, solved.value, running & ~singular)
+        singular = trying & (solved.status >= int(Status.DIVERGED))
+        search = _Search(problem, z, evaluation, state.norm, solved.value, trying & ~singular, waiting)
+        if not self.max_backtracks:
+            stuck = search.moving & ~search.norm.isfinite()
+            search.back(stuck)
+        else:
+            if state.wait is not None:
+                search.plain()
+            stuck = search.halve(self.max_backtracks)
+            if state.wait is not None:
+                search.plain(at_all_costs=stuck)
+                stuck = torch.zeros_like(stuck)
+            else:
+                search.back(stuck)
         failure = torch.where(singular, int(Status.SINGULAR), torch.where(stuck, int(Status.STALLED), -1))
-        norm = two(found.residual)
-        return Step(new, found, _Progress(norm, _forcing(norm, state)), failure)
+        return self._done(search.z, search.found, state, waiting, search.refused, failure)
 
-    def _search(
-        self, problem: Problem, z: Tensor, start: Evaluation, direction: Tensor, moving: Tensor
-    ) -> tuple[Tensor, Evaluation, Tensor]:
-        """Backtrack the moving samples along their directions; returns the point, fn there, and who found none."""
-        merit = two(start.residual)
-        length = moving.to(z.dtype)
-        new = hold(moving, z + direction, z)
-        found = problem.evaluate(new)
-        for _ in range(self.max_backtracks):
-            worse = moving & ~(two(found.residual) <= (1 - _ARMIJO * length) * merit)
-            if not bool(worse.any()):
-                break
-            length = torch.where(worse, 0.5 * length, length)
-            new = hold(worse, torch.addcmul(z, length[:, None], direction), new)
-            found = problem.evaluate(new)
+    @staticmethod
+    def _done(
+        z: Tensor, found: Evaluation, state: _Progress, waiting: Tensor, refused: Tensor | None, failure: Tensor | None
+    ) -> Step[_Progress]:
         norm = two(found.residual)
-        good = norm <= (1 - _ARMIJO * length) * merit if self.max_backtracks else norm.isfinite()
-        stuck = moving & ~good
-        if bool(stuck.any()):
-            new = hold(stuck, z, new)
-            found = Evaluation(
-                hold(stuck, start.value, found.value), residual=hold(stuck, start.residual, found.residual)
+        wait, pause = state.wait, state.pause
+        if wait is not None:
+            wait = torch.where(waiting & (norm < state.norm), wait - 1, 0)
+            if refused is not None:
+                wait = torch.where(refused, pause, wait)
+                # A Newton step that was good makes the next wait short again.
+                pause = torch.where(refused, (2 * pause).clamp_max(_LONGEST_WAIT), torch.where(waiting, pause, 1))
+        return Step(z, found, _Progress(norm, _forcing(norm, state), wait, pause), failure)
+
+
+class _Search:
+    """The search for an acceptable point from `start`, sample by sample.
+
+    Attributes:
+        z: the points so far, `(B, n)`.
+        found: fn there.
+        norm: of the residual there, `(B,)`.
+        moving: samples on a Newton direction.
+        refused: samples that took the plain step in its place.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        start: Tensor,
+        evaluation: Evaluation,
+        merit: Tensor,
+        direction: Tensor,
+        moving: Tensor,
+        waiting: Tensor,
+    ) -> None:
+        self._problem = problem
+        self._start, self._evaluation, self._merit, self._direction = start, evaluation, merit, direction
+        self.moving = moving
+        self.refused = torch.zeros_like(moving)
+        self._length = torch.ones_like(merit)
+        target = hold(moving, start + direction, start)
+        if bool(waiting.any()):
+            target = hold(waiting, start + evaluation.residual, target)
+        self._go(target)
+
+    def _go(self, z: Tensor) -> None:
+        self.z = z
+        self.found = self._problem.evaluate(z)
+        self.norm = two(self.found.residual)
+
+    def _worse(self) -> Tensor:
+        good = self.norm <= (1 - _ARMIJO * self._length) * self._merit
+        return self.moving & ~good & ~self.refused
+
+    def plain(self, at_all_costs: Tensor | None = None) -> None:
+        """The plain step for the samples whose step was no good; kept where it is, or for those in `at_all_costs`."""
+        worse = self._worse() if at_all_costs is None else at_all_costs
+        if not bool(worse.any()):
+            return
+        self._go(hold(worse, self._start + self._evaluation.residual, self.z))
+        self.refused = self.refused | (worse if at_all_costs is not None else worse & (self.norm < self._merit))
+
+    def halve(self, times: int) -> Tensor:
+        """Halve the steps of the samples that are still no good; returns those for which nothing helped."""
+        for _ in range(times):
+            worse = self._worse()
+            if not bool(worse.any()):
+                return worse
+            self._length = torch.where(worse, 0.5 * self._length, self._length)
+            self._go(hold(worse, torch.addcmul(self._start, self._length[:, None], self._direction), self.z))
+        return self._worse()
+
+    def back(self, samples: Tensor) -> None:
+        """Put samples back to where they were."""
+        if bool(samples.any()):
+            old, new = self._evaluation, self.found
+            self.z = hold(samples, self._start, self.z)
+            self.found = Evaluation(
+                hold(samples, old.value, new.value), residual=hold(samples, old.residual, new.residual)
             )
-        return new, found, stuck
 
 
 def _forcing(norm: Tensor, state: _Progress) -> Tensor:
@@ -110,4 +200,4 @@ def _forcing(norm: Tensor, state: _Progress) -> Tensor:
     eta = _GAMMA * ratio * ratio
     memory = _GAMMA * state.eta * state.eta
     eta = torch.where(memory > 0.1, torch.maximum(eta, memory), eta)
-    return torch.where(eta.isfinite(), eta, _ETA_MAX).clamp(1e-4, _ETA_MAX)
+    return torch.where(eta.isfinite(), eta, _ETA_MAX).clamp(1e-2, _ETA_MAX)

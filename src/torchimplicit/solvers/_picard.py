@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .._problem import Evaluation, Problem
-from ._base import Solver, Step, hold
+from ._base import Solver, Step
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,9 @@ class Picard(Solver[None]):
     def step(
         self, problem: Problem, z: Tensor, evaluation: Evaluation, state: None, active: Tensor | None
     ) -> Step[None]:
-        """One application of fn."""
+        """One application of fn, to all samples: leaving some out would cost more than it saves."""
         if self.damping == 1.0 and problem.kind == "fixed_point":
-            moved = evaluation.value
+            z = evaluation.value
         else:
-            moved = torch.add(z, evaluation.residual, alpha=self.damping)
-        z = hold(active, moved, z)
+            z = torch.add(z, evaluation.residual, alpha=self.damping)
         return Step(z, problem.evaluate(z), None)
