@@ -30,7 +30,9 @@ class TanhProblem:
     x: Tensor
 
     @classmethod
-    def make(cls, batch: int = 4, n: int = 5, contraction: float = 0.7, dtype: torch.dtype = torch.float64) -> "TanhProblem":
+    def make(
+        cls, batch: int = 4, n: int = 5, contraction: float = 0.7, dtype: torch.dtype = torch.float64
+    ) -> "TanhProblem":
         generator = torch.Generator().manual_seed(3)
         weight = torch.randn(n, n, generator=generator, dtype=dtype)
         weight *= contraction / torch.linalg.matrix_norm(weight, 2)

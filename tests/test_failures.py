@@ -21,9 +21,9 @@ def coefficients(kinds: tuple[str, ...]) -> Tensor:
 
 
 def equation(z: Tensor, row: Tensor, weight: Tensor) -> Tensor:
-    """Residual `(B, 2)` with a shared `weight` (2,): its gradient mixes all samples unless failures are kept out.
+    """Residual `(B, 2)` with a shared `weight` (2,), whose gradient mixes all samples that are not kept out.
 
-    healthy: z³ + w z = 1; nan: log of a negative number; singular: rank one; rootless: z² + 1; slow: tiny root 4th power
+    healthy: z³ + w z = 1; nan: log of a negative number; singular: rank one; rootless: z² + 1; slow: w z⁷ = 0
     """
     healthy, nan, singular, rootless, slow = (row[:, i, None] for i in range(5))
     return (
@@ -35,7 +35,9 @@ def equation(z: Tensor, row: Tensor, weight: Tensor) -> Tensor:
     )
 
 
-def solve(kinds: tuple[str, ...], call: str, solver: ti.solvers.Solver, **options: object) -> tuple[ti.Solution, Tensor, Tensor]:
+def solve(
+    kinds: tuple[str, ...], call: str, solver: ti.solvers.Solver, **options: object
+) -> tuple[ti.Solution, Tensor, Tensor]:
     """Solution, gradient of the shared weight, and gradient of each sample's own row."""
     weight = torch.tensor([0.7, 1.3], dtype=DOUBLE, requires_grad=True)
     row = coefficients(kinds).requires_grad_()
@@ -99,7 +101,7 @@ def test_statuses_name_each_failure_and_dead_gradients_are_exactly_zero(case: Ca
 
 def test_slow_sample_has_the_gradient_of_the_equation_linearised_at_its_best_iterate() -> None:
     x = torch.tensor([[1.0]], dtype=DOUBLE, requires_grad=True)
-    common = dict(solver=ti.Picard(), batch_dims=1, max_steps=10, on_failure="ignore")
+    common = {"solver": ti.Picard(), "batch_dims": 1, "max_steps": 10, "on_failure": "ignore"}
     sol = ti.fixed_point(lambda z, x: 0.99 * torch.tanh(z) + x, torch.zeros_like(x), x, **common)  # pyright: ignore
     assert sol.status.item() == ti.Status.MAX_STEPS and sol.steps.item() == 10
     (gradient,) = torch.autograd.grad(sol.value.sum(), x)
@@ -113,9 +115,7 @@ def test_slow_sample_has_the_gradient_of_the_equation_linearised_at_its_best_ite
 
 @pytest.mark.parametrize("solver", [ti.Picard(), ti.Anderson(), ti.Newton()], ids=str)
 @pytest.mark.parametrize("hidden", [False, True], ids=["argument", "closure"])
-def test_nan_input_does_not_poison_shared_weights_of_a_two_layer_cell(
-    solver: ti.solvers.Solver, hidden: bool
-) -> None:
+def test_nan_input_does_not_poison_shared_weights_of_a_two_layer_cell(solver: ti.solvers.Solver, hidden: bool) -> None:
     """With B = n = 6 the weights have the batch's shape too: they must not be taken for inputs."""
     torch.manual_seed(1)
     inner, outer = (torch.nn.Linear(6, 6).double() for _ in range(2))
@@ -222,7 +222,7 @@ def test_adjoint_failure_obeys_on_failure() -> None:
     def solve(on_failure: str) -> Tensor:
         return ti.root(lambda z: z**3 + a * z, torch.zeros_like(a), on_failure=on_failure).value  # pyright: ignore
 
-    with pytest.raises(ti.ConvergenceError, match="backward of root.*SINGULAR"):
+    with pytest.raises(ti.ConvergenceError, match=r"backward of root.*SINGULAR"):
         solve("raise").sum().backward()
     with pytest.warns(ti.ConvergenceWarning, match="1 SINGULAR"):
         solve("warn").sum().backward()

@@ -1,4 +1,4 @@
-"""First derivatives: against unrolled differentiation, closed forms and finite differences, however fn gets its tensors."""
+"""First derivatives: against unrolled differentiation, closed forms and finite differences, however fn reads."""
 
 import gc
 import weakref
@@ -103,7 +103,9 @@ def test_gradcheck_for_the_parameters_of_a_layer(solver: ti.solvers.Solver) -> N
 @pytest.mark.parametrize("linear", [None, ti.LU(), ti.GMRES(), ti.Neumann(), ti.Cascade(small=0)], ids=str)
 def test_every_linear_solver_gives_the_same_gradient(linear: ti.linear.LinearSolver | None) -> None:
     p = TanhProblem.make(n=24)
-    sol = ti.fixed_point(p.map, p.start, solver=SOLVERS["newton"], adjoint=ti.Implicit(linear, rtol=TIGHT), batch_dims=1)
+    sol = ti.fixed_point(
+        p.map, p.start, solver=SOLVERS["newton"], adjoint=ti.Implicit(linear, rtol=TIGHT), batch_dims=1
+    )
     truth = gradients(unrolled(p.map, p.start), p.leaves)
     assert_equal(gradients(sol.value, p.leaves), truth)
     assert sol.adjoint.status is not None and sol.adjoint.residual is not None
@@ -185,12 +187,13 @@ def test_loop_variable_in_a_closure_keeps_its_own_gradient() -> None:
     """The closure's x is another tensor by the time of the backward pass; gradients must go to the ones solved with."""
     xs = [torch.full((1, 2), v, dtype=torch.float64, requires_grad=True) for v in (0.1, 0.7, -0.4)]
     total = torch.zeros((), dtype=torch.float64)
+    zero = torch.zeros(1, 2).double()
     for x in xs:
-        total = total + ti.fixed_point(lambda z: 0.5 * torch.sin(z) + x, torch.zeros(1, 2).double(), batch_dims=1).value.sum()
+        total = total + ti.fixed_point(lambda z: 0.5 * torch.sin(z) + x, zero, batch_dims=1).value.sum()  # noqa: B023
     total.backward()
-    for x in xs:
-        z = unrolled(lambda z: 0.5 * torch.sin(z) + x, torch.zeros(1, 2).double()).detach()
-        torch.testing.assert_close(x.grad, 1 / (1 - 0.5 * torch.cos(z)))
+    for leaf in xs:
+        z = unrolled(lambda z, leaf=leaf: 0.5 * torch.sin(z) + leaf, zero).detach()
+        torch.testing.assert_close(leaf.grad, 1 / (1 - 0.5 * torch.cos(z)))
 
 
 def test_functional_call_gradients_go_to_the_swapped_parameters() -> None:

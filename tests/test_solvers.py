@@ -31,7 +31,11 @@ def test_converged_means_that_the_recomputed_residual_is_within_the_tolerance(
     solver = type(solver)(**{**vars(solver), "rtol": rtol, "atol": 0.0, "norm": norm})
     sol = ti.fixed_point(p.map, p.start, solver=solver, batch_dims=1)
     value = p.map(sol.value).detach()
-    functions = {"rms": lambda r: r.square().mean(1).sqrt(), "two": lambda r: r.norm(dim=1), "max": lambda r: r.abs().amax(1)}
+    functions = {
+        "rms": lambda r: r.square().mean(1).sqrt(),
+        "two": lambda r: r.norm(dim=1),
+        "max": lambda r: r.abs().amax(1),
+    }
     residual, scale = functions[norm](value - sol.value.detach()), functions[norm](value)
     assert sol.converged.all()
     torch.testing.assert_close(sol.residual, residual, rtol=1e-3, atol=10 * torch.finfo(dtype).eps)
@@ -84,14 +88,20 @@ def test_a_sample_gets_the_same_answer_alone_and_in_any_batch(solver: ti.solvers
     weight = torch.randn(n, n, generator=generator, dtype=DOUBLE)
     weight *= data.draw(st.sampled_from([0.3, 0.8, 0.95])) / torch.linalg.matrix_norm(weight, 2)
     size = data.draw(st.integers(1, 7))
-    x = torch.randn(size, n, generator=generator, dtype=DOUBLE) * 10 ** torch.randn(size, 1, generator=generator, dtype=DOUBLE)
+    x = torch.randn(size, n, generator=generator, dtype=DOUBLE) * 10 ** torch.randn(
+        size, 1, generator=generator, dtype=DOUBLE
+    )
     if data.draw(st.booleans()):
         x[data.draw(st.integers(0, size - 1))] = torch.nan  # a poisoned neighbour
     solver = type(solver)(**{**vars(solver), "rtol": 1e-12})
 
     def solve(x: Tensor) -> ti.Solution:
         return ti.fixed_point(
-            lambda z: torch.tanh(z @ weight.T + x), torch.zeros_like(x), solver=solver, batch_dims=1, on_failure="ignore"
+            lambda z: torch.tanh(z @ weight.T + x),
+            torch.zeros_like(x),
+            solver=solver,
+            batch_dims=1,
+            on_failure="ignore",
         )
 
     together = solve(x)
@@ -116,7 +126,9 @@ def test_damping_cures_a_map_that_is_no_contraction(damping: float) -> None:
     """Eigenvalue −3 of J: damped by η the factor is |1 − 4η|."""
     sol = ti.fixed_point(lambda z: 4.0 - 3.0 * z, torch.zeros(1, dtype=DOUBLE), solver=ti.Picard(damping=damping))
     assert sol.converged and sol.value.item() == pytest.approx(1.0, abs=1e-9)
-    plain = ti.fixed_point(lambda z: 4.0 - 3.0 * z, torch.zeros(1, dtype=DOUBLE), solver=ti.Picard(), on_failure="ignore")
+    plain = ti.fixed_point(
+        lambda z: 4.0 - 3.0 * z, torch.zeros(1, dtype=DOUBLE), solver=ti.Picard(), on_failure="ignore"
+    )
     assert plain.status.item() == ti.Status.DIVERGED
 
 
@@ -153,9 +165,7 @@ def test_anderson_survives_a_history_of_dependent_differences() -> None:
 def test_anderson_recovers_from_a_step_into_a_hole_of_the_domain() -> None:
     """log is NaN where acceleration overshoots to; the safeguard goes back and takes a plain step."""
     a = torch.linspace(0.5, 6.0, 12, dtype=DOUBLE)[:, None]
-    sol = ti.fixed_point(
-        lambda z: a * torch.log(2.0 + z), torch.full_like(a, 1e-3), solver=ti.Anderson(), batch_dims=1
-    )
+    sol = ti.fixed_point(lambda z: a * torch.log(2.0 + z), torch.full_like(a, 1e-3), solver=ti.Anderson(), batch_dims=1)
     assert sol.converged.all()
     torch.testing.assert_close(a * torch.log(2.0 + sol.value), sol.value)
 
@@ -208,7 +218,9 @@ def test_check_every_only_delays_decisions(every: int) -> None:
 
 def test_step_limit_zero_evaluates_once_and_returns_the_start() -> None:
     x = torch.tensor([[1.0], [0.0]], dtype=DOUBLE)
-    sol = ti.fixed_point(lambda z: 0.5 * z + x, torch.zeros_like(x), batch_dims=1, max_steps=0, on_failure="ignore", trace=True)
+    sol = ti.fixed_point(
+        lambda z: 0.5 * z + x, torch.zeros_like(x), batch_dims=1, max_steps=0, on_failure="ignore", trace=True
+    )
     assert sol.status.tolist() == [ti.Status.MAX_STEPS, ti.Status.CONVERGED]
     assert sol.trace is not None and sol.trace.shape == (0, 2)
     assert torch.equal(sol.value, torch.zeros_like(x))

@@ -10,6 +10,7 @@ from ._options import Options
 from ._solution import Status
 from .linear import Cascade, LinearSolution, LinearSolver, ResidualJacobian
 
+
 @dataclass(frozen=True)
 class Implicit(Options):
     """Exact gradients by the implicit function theorem: `Aᵀu = v`, then `uᵀ ∂r/∂θ` (`A = −∂r/∂z` at the solution).
@@ -31,7 +32,9 @@ class Implicit(Options):
     def __post_init__(self) -> None:
         """Validate."""
         ok = self.linear_solver is None or isinstance(self.linear_solver, LinearSolver)
-        self._require("linear_solver", ok, "None or a linear solver such as torchimplicit.LU() or torchimplicit.GMRES()")
+        self._require(
+            "linear_solver", ok, "None or a linear solver such as torchimplicit.LU() or torchimplicit.GMRES()"
+        )
         self._require_number("rtol", 0.0, 1.0, open_low=True, optional=True)
         self._require_choice("unconverged", ("linearize", "zero"))
 

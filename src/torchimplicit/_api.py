@@ -178,7 +178,7 @@ def _check_call(fn: Any, solver: Any, adjoint: Any, max_steps: Any, on_failure: 
 
 def _refuse_transforms(kind: str, tensors: PyTree) -> None:
     """Say so rather than be wrong: a solve cannot run on the tensors of `torch.func` transforms or forward mode yet."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch._C._functorch.peek_interpreter_stack() is not None:  # pyright: ignore[reportAttributeAccessIssue]
         raise RuntimeError(
             f"{kind}: called inside a torch.func transform (grad, vmap, jvp, …), which torchimplicit does not support "
             "yet; use torch.autograd.grad or backward, and batch_dims in the place of vmap."

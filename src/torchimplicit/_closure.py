@@ -49,7 +49,7 @@ class _Substitution(TorchFunctionMode):
 
 
 def closure_tensors(run: Callable[[], Any], given: list[Tensor]) -> list[Tensor]:
-    """The tensors that `run()` reads and that are not in `given`: what its function closes over, parameters included."""
+    """The tensors that `run()` reads and that are not in `given`: closures, parameters and arguments alike."""
     recorder = _Recorder(given)
     with recorder:
         run()

@@ -44,8 +44,10 @@ def iterate(problem: Problem, solver: Solver, z: Tensor, max_steps: int, keep_tr
     """Run `solver` on `problem` from `z`, `(B, n)`, for at most `max_steps` steps.
 
     Between two checks (every `solver.check_every` steps) nothing is read back from the device. What a sample returns is
-    settled at the check that finds it converged or failed, whatever the solver does with its row afterwards.
+    settled at the check that finds it converged or failed, whatever the solver does with its row afterwards. Where fn
+    can be split, the iteration goes on without the settled samples once they are the majority.
     """
+    whole = problem
     evaluation = problem.evaluate(z)
     tolerance = Tolerance(problem, solver, evaluation)
     books = _Books(tolerance, z, evaluation)
@@ -60,17 +62,25 @@ def iterate(problem: Problem, solver: Solver, z: Tensor, max_steps: int, keep_tr
         if check or keep_trace:
             norm = tolerance.norm(evaluation.residual)
             if keep_trace:
-                history.append(norm)
+                history.append(books.spread(norm))
             if check:
                 books.enter(step, z, evaluation, norm, taken.failure, solver.patience)
-    return books.close(problem, history if keep_trace else None)
+                chosen = books.active if books.mostly_settled else None
+                part = None if chosen is None else problem.select(chosen)
+                if chosen is not None and part is not None:
+                    problem = part
+                    z, evaluation, state = z[chosen], evaluation.select(chosen), solver.select(state, chosen)
+                    books.select(chosen, part)
+    return books.close(whole, history if keep_trace else None)
 
 
 class _Books:
     """Per-sample bookkeeping: who runs, the best finite iterate, and what each sample returns.
 
+    Fields of the loop have the rows at hand first, what is settled the whole batch.
+
     Attributes:
-        active: `(B,)` bool, the samples that run; None while all do.
+        active: bool, the rows that run; None while all do.
         left: how many run.
     """
 
@@ -82,13 +92,31 @@ class _Books:
         self._z = self._best_z = z
         self._best = torch.where(norm.isnan(), torch.inf, norm)
         self._reference, self._looked = self._best, 0
-        self._settled_z, self._settled = z, self._best
+        self._samples: Tensor | None = None
+        self._settled_z, self._settled, self._settled_peak = z, self._best, norm
         self._ended = torch.zeros_like(norm, dtype=torch.long)
         self._status = torch.full_like(self._ended, _RUNNING)
         self.active: Tensor | None = None
         self.left = norm.numel()
         status = torch.where(norm <= tolerance.limit(evaluation), int(Status.CONVERGED), _RUNNING)
         self._settle(z, norm, torch.where(norm.isfinite(), status, int(Status.NONFINITE)))
+
+    @property
+    def mostly_settled(self) -> bool:
+        """Whether at least half of the rows at hand are settled, and some are not."""
+        return 0 < 2 * self.left <= self._norm.numel()
+
+    def select(self, rows: Tensor, problem: Problem) -> None:
+        """Go on with some rows alone: the ones that run."""
+        self._samples = rows.nonzero()[:, 0] if self._samples is None else self._samples[rows]
+        self._tolerance.select(rows, problem)
+        for name in ("_norm", "_first", "_peak", "_z", "_best_z", "_best", "_reference"):
+            setattr(self, name, getattr(self, name)[rows])
+        self.active = None
+
+    def spread(self, norm: Tensor) -> Tensor:
+        """Norms of the rows at hand as norms of all samples."""
+        return norm if self._samples is None else self._settled.index_copy(0, self._samples, norm)
 
     def enter(
         self, step: int, z: Tensor, evaluation: Evaluation, norm: Tensor, failure: Tensor | None, patience: int
@@ -114,9 +142,10 @@ class _Books:
         self._norm = norm
 
     def _settle(self, z: Tensor, norm: Tensor, status: Tensor) -> None:
-        """Settle what the samples return that run and whose `status` is no longer `_RUNNING`."""
-        status = torch.where(self._status == _RUNNING, status, _RUNNING)
+        """Settle what the rows return that run and whose `status` is no longer `_RUNNING`."""
         ended = status != _RUNNING
+        if self.active is not None:
+            ended &= self.active
         count = int(ended.sum())
         if count:
             converged = status == int(Status.CONVERGED)
@@ -124,11 +153,20 @@ class _Books:
             self._end(ended, count, value, torch.where(converged, norm, self._best), status)
 
     def _end(self, ended: Tensor, count: int, z: Tensor, norm: Tensor, status: Tensor | int) -> None:
-        """Some samples end here, with this value, residual norm and status."""
-        self._settled_z = torch.where(ended[:, None], z, self._settled_z)
-        self._settled = torch.where(ended, norm, self._settled)
-        self._ended = torch.where(ended, self._step, self._ended)
-        self._status = torch.where(ended, status, self._status)
+        """Some rows end here, with this value, residual norm and status."""
+        if self._samples is None:
+            self._settled_z = torch.where(ended[:, None], z, self._settled_z)
+            self._settled = torch.where(ended, norm, self._settled)
+            self._settled_peak = torch.where(ended, self._peak, self._settled_peak)
+            self._ended = torch.where(ended, self._step, self._ended)
+            self._status = torch.where(ended, status, self._status)
+        else:
+            samples = self._samples[ended]
+            self._settled_z[samples] = z[ended]
+            self._settled[samples] = norm[ended]
+            self._settled_peak[samples] = self._peak[ended]
+            self._ended[samples] = self._step
+            self._status[samples] = status[ended] if isinstance(status, Tensor) else status
         self.active = ~ended if self.active is None else self.active & ~ended
         self.left -= count
 
@@ -152,15 +190,19 @@ class _Books:
 
     def close(self, problem: Problem, history: list[Tensor] | None) -> Outcome:
         """The final word on every sample."""
-        self._settle(self._z, self._norm, torch.full_like(self._status, int(Status.MAX_STEPS)))
+        if self.left:
+            unfinished = torch.full_like(self._norm, int(Status.MAX_STEPS), dtype=torch.long)
+            self._settle(self._z, self._norm, unfinished)
         z, residual, status = self._settled_z, self._settled, self._status
+        peak = self._settled_peak
         if self._step:
-            doubtful = (status == int(Status.CONVERGED)) & (self._ended > 0) & ~self._tolerance.credible(z, self._peak)
+            doubtful = (status == int(Status.CONVERGED)) & (self._ended > 0)
+            doubtful &= ~self._tolerance.credible(problem, z, peak)
             status = torch.where(doubtful, int(Status.DIVERGED), status)
         spent = (status == int(Status.MAX_STEPS)) | (status == int(Status.STALLED))
         if bool(spent.any()):
             found = problem.evaluate(z)
-            reached = spent & self._tolerance.reached(z, residual, found, self._peak)
+            reached = spent & self._tolerance.reached(problem, z, residual, found, peak)
             status = torch.where(reached, int(Status.CONVERGED), status)
         if bool((status == int(Status.NONFINITE)).any()):
             # Nothing non-finite leaves the library, not even a start that was not finite.

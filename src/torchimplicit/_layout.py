@@ -1,6 +1,6 @@
 """Pytrees of tensors to and from one real matrix `(B, n)`: the only shape that solvers see."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from math import prod
 from typing import Any
@@ -73,6 +73,11 @@ class Layout:
             simple=simple,
             bare=simple and spec.is_leaf(),
         )
+
+    def select(self, count: int) -> "Layout":
+        """The same for `count` of the samples; one batch dim only."""
+        shapes = tuple(torch.Size((count, *shape[1:])) for shape in self.shapes)
+        return replace(self, shapes=shapes, batch_shape=torch.Size((count,)))
 
     def pack(self, leaves: list[Tensor]) -> Tensor:
         """Leaves to the matrix `(B, n)`; differentiable."""

@@ -46,8 +46,9 @@ class Options:
         value = getattr(self, name)
         if value is None and optional:
             return
-        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        inside = number and value <= high and (value > low if open_low else value >= low)
+        inside = False
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            inside = value <= high and (value > low if open_low else value >= low)
         interval = f"{'(' if open_low else '['}{low}, {high}{')' if math.isinf(high) else ']'}"
         self._require(name, inside, f"a finite number in {interval}{' or None' if optional else ''}")
 

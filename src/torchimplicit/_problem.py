@@ -32,6 +32,10 @@ class Evaluation:
             self._residual = -self.value if self._start is None else self.value - self._start
         return self._residual
 
+    def select(self, samples: Tensor) -> "Evaluation":
+        """The evaluation of some samples, `(B,)` bool."""
+        return Evaluation(self.value[samples], residual=self.residual[samples])
+
 
 class Problem:
     """`z = fn(z, *args)` or `fn(z, *args) = 0` as one residual `r(z)` whose zero is wanted.
@@ -40,7 +44,6 @@ class Problem:
     step in both cases, and with `A = −∂r/∂z` Newton's step is `A⁻¹ r` in both cases.
 
     Attributes:
-        evaluations: calls of fn so far, Jacobian products included.
         epsilon: rounding unit of fn's values; larger than the state's own under autocast.
     """
 
@@ -49,12 +52,17 @@ class Problem:
         self.fn = fn
         self.args = args
         self.layout = layout
-        self.evaluations = 0
+        self._counted = [0]
         self.epsilon = torch.finfo(layout.dtype).eps
+
+    @property
+    def evaluations(self) -> int:
+        """Calls of fn so far, Jacobian products included."""
+        return self._counted[0]
 
     def output(self, z: Tensor) -> Tensor:
         """fn's value `(B, n)` at a state `(B, n)`; differentiable where grad mode is on."""
-        self.evaluations += 1
+        self._counted[0] += 1
         leaves = self.layout.check_output(self.fn(self.layout.unpack(z), *self.args), self.kind)
         if not self.layout.simple:
             self.epsilon = max(torch.finfo(leaf.dtype).eps for leaf in leaves)
@@ -77,12 +85,26 @@ class Problem:
         """Whether fn supplies its Jacobian itself (see `JacobianOperator`); one tensor as state only."""
         return self.layout.simple and hasattr(self.fn, "linearize")
 
+    def select(self, samples: Tensor) -> "Problem | None":
+        """The problem of some samples alone, `(B,)` bool, or None if fn does not say that it can be split.
+
+        A function or cell says so by an attribute `samplewise = True`: every tensor among its inputs is indexed by
+        sample in its first dim, and no row depends on another. Calls of the part count as calls of the whole.
+        """
+        if not getattr(self.fn, "samplewise", False) or len(self.layout.batch_shape) != 1:
+            return None
+        args = tuple(a[samples] if isinstance(a, Tensor) else a for a in self.args)
+        part = Problem(self.kind, self.fn, args, self.layout.select(int(samples.sum())))
+        part.epsilon = self.epsilon
+        part._counted = self._counted
+        return part
+
     def linearize(self, z: Tensor, value: Tensor) -> ResidualJacobian:
         """`A = −∂r/∂z` at a state, from the closed form where fn supplies one, else by automatic differentiation."""
         jacobian: JacobianOperator
         if self.has_closed_form:
             shape = self.layout.shapes[0]
-            self.evaluations += 1
+            self._counted[0] += 1
             operator = self.fn.linearize(z.reshape(shape), value.reshape(shape), *self.args)
             jacobian = SuppliedJacobian(operator, shape, self.layout.matrix_shape, self.count)
         else:
@@ -91,4 +113,4 @@ class Problem:
 
     def count(self, products: int) -> None:
         """Add Jacobian products to the evaluations."""
-        self.evaluations += products
+        self._counted[0] += products

@@ -31,6 +31,13 @@ class Tolerance:
         self._first = first
         self._least = solver.atol or 0.0
 
+    def select(self, samples: Tensor, problem: Problem) -> None:
+        """Go on with some samples alone, `(B,)` bool."""
+        self._problem = problem
+        self._first = self._first[samples]
+        if isinstance(self._atol, Tensor):
+            self._atol = self._atol[samples]
+
     def limit(self, evaluation: Evaluation, peak: Tensor | None = None) -> Tensor | float:
         """What the residual's norm must not exceed at this evaluation, `(B,)` or one number for all.
 
@@ -48,33 +55,33 @@ class Tolerance:
         # A residual that has not fallen is no evidence, however far z has run: z ← z + c passes any relative test.
         return limit if peak is None else torch.minimum(limit, self._fallen(peak))
 
-    def credible(self, z: Tensor, peak: Tensor) -> Tensor:
+    def credible(self, problem: Problem, z: Tensor, peak: Tensor) -> Tensor:
         """Whether the rounding of a fixed point is small beside the fall of the residual on the way to it, `(B,)`.
 
         Far enough out `z + c` rounds to z, and the residual of a map without a fixed point to zero.
         """
-        if self._problem.kind == "root":
+        if problem.kind == "root":
             return torch.ones_like(peak, dtype=torch.bool)
-        return self._problem.epsilon * self.norm(z) <= self._fallen(peak)
+        return problem.epsilon * self.norm(z) <= self._fallen(peak)
 
     def _fallen(self, peak: Tensor) -> Tensor:
         return (0.5 * peak).clamp_min(self._least)
 
-    def reached(self, z: Tensor, norm: Tensor, evaluation: Evaluation, peak: Tensor) -> Tensor:
+    def reached(self, problem: Problem, z: Tensor, norm: Tensor, evaluation: Evaluation, peak: Tensor) -> Tensor:
         """Whether a residual is no more than rounding, `(B,)`: nothing smaller can be reached in this dtype.
 
         For a fixed point: `‖r‖ ≤ 4ε‖fn(z)‖`. For a root: no component of fn is larger than it changes, to first
         order, when every component of z moves by a few rounding units (a componentwise backward error, Oettli &
         Prager 1964): z is then an exact root of a function that the dtype cannot tell from fn.
         """
-        epsilon = self._problem.epsilon
-        scale = self._problem.scale(evaluation, self.norm)
+        epsilon = problem.epsilon
+        scale = problem.scale(evaluation, self.norm)
         if scale is not None:
             return (norm <= _REACH * epsilon * scale) & (_REACH * epsilon * scale <= self._fallen(peak))
         noise = torch.zeros_like(z)
         signs = torch.ones(z.shape[1], dtype=z.dtype, device=z.device)
         for pattern in (signs, signs.cumsum(0).remainder(2) * 2 - 1):
-            moved = self._problem.evaluate(z + _REACH * epsilon * pattern * z)
+            moved = problem.evaluate(z + _REACH * epsilon * pattern * z)
             noise = torch.maximum(noise, (moved.residual - evaluation.residual).abs())
         return (evaluation.residual.abs() <= noise).all(dim=1)
 

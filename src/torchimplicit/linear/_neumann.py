@@ -9,7 +9,6 @@ from .._norms import two
 from .._solution import Status
 from ._solver import LinearOperator, LinearSolution, LinearSolver
 
-
 _CHECK_EVERY = 4
 
 
@@ -17,9 +16,10 @@ _CHECK_EVERY = 4
 class Neumann(LinearSolver):
     """`x = Σₖ (I − A)ᵏ b` (Richardson's iteration with unit step), which converges where `ρ(I − A) < 1`.
 
-    A step is one product, one addition and one norm; GMRES needs fewer steps, but each costs several times as much
-    beside the product. A sample whose residual does not fall by `slowest` per step, measured over `patience` looks at it, one every 4 steps, is
-    given up as MAX_STEPS with what it has.
+    A step is one product, one addition and, every fourth time, one norm; GMRES needs fewer steps, but each costs
+    several times as much beside the product. A sample whose residual does not fall by `slowest` per step, measured over
+    `patience` looks at it, is given up as MAX_STEPS with what it has. Where the operator can be split, samples that are
+    done leave the batch.
 
     Args:
         max_steps: products at most.

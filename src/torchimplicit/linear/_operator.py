@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 
-
 class JacobianOperator(Protocol):
     """The Jacobian `J = ∂fn/∂z` of each sample at one state.
 

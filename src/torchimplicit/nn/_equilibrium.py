@@ -49,6 +49,9 @@ class TanhCell(nn.Module):
         dtype: of W.
     """
 
+    samplewise = True
+    """x is indexed by sample as z is: converged samples may leave the batch."""
+
     def __init__(
         self, features: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> None:
@@ -58,9 +61,10 @@ class TanhCell(nn.Module):
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
         """`(..., n)`, `(..., n)` to `(..., n)`."""
         weight = self.linear.weight
-        # One operation in the place of two, where the shapes allow it.
+        # One operation in the place of two, where the shapes allow it, and in place where no graph needs it.
         fused = z.ndim == 2 and z.shape == x.shape and not torch.is_autocast_enabled(z.device.type)
-        return torch.tanh(torch.addmm(x, z, weight.t()) if fused else functional.linear(z, weight) + x)
+        preactivation = torch.addmm(x, z, weight.t()) if fused else functional.linear(z, weight) + x
+        return torch.tanh(preactivation) if torch.is_grad_enabled() else preactivation.tanh_()
 
     def linearize(self, z: Tensor, value: Tensor, x: Tensor) -> _TanhJacobian:
         """The Jacobian at z, where `value = tanh(W z + x)`: `1 − value²` is the slope."""
@@ -68,10 +72,10 @@ class TanhCell(nn.Module):
 
 
 class TanhEquilibrium(FixedPoint):
-    """The layer `z = tanh(W z + x)` of the deep implicit layers tutorial (Kolter, Duvenaud & Johnson, NeurIPS 2020).
+    """The layer `z = tanh(W z + x)` of the Deep Implicit Layers tutorial (Kolter, Duvenaud & Johnson 2020, chapter 1).
 
-    `W` is `layer.linear.weight`, initialised as `nn.Linear(features, features, bias=False)`; the start is z = 0. Input and
-    output have shape `(..., features)`; every row is a problem of its own.
+    `W` is `layer.linear.weight`, initialised as `nn.Linear(features, features, bias=False)`; the start is z = 0. Input
+    and output have shape `(..., features)`; the first dim indexes the samples.
 
     Args:
         features: n.

@@ -1,7 +1,7 @@
 """`FixedPoint` and `Root`: a cell in, an implicit layer out."""
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Never
+from typing import ClassVar, Never
 
 import torch
 from torch import Tensor, nn

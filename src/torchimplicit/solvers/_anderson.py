@@ -40,8 +40,8 @@ class Anderson(Solver[_History]):
        ridge *relative* to them: a ridge in absolute units stalls once the residuals are smaller than it.
     2. The scaled Gram matrix has 1 + ridge on its diagonal, so dependent columns are survived; a column of length
        zero (a sample at rest) gets the coefficient 0.
-    3. Safeguard: a sample whose residual more than doubles, or is no longer finite, goes back to where it was, drops its history and
-       continues with a plain step from there.
+    3. Safeguard: a sample whose residual more than doubles, or is no longer finite, goes back to where it was, drops
+       its history and continues with a plain step from there.
 
     Args:
         history: differences kept, `m`.
@@ -96,9 +96,7 @@ class Anderson(Solver[_History]):
             keep = ~refused
             _forget(state, keep)
             new = hold(keep, new, z)
-            found = Evaluation(
-                hold(keep, found.value, evaluation.value), residual=hold(keep, found.residual, residual)
-            )
+            found = Evaluation(hold(keep, found.value, evaluation.value), residual=hold(keep, found.residual, residual))
             norm = torch.where(keep, norm, state.norm)
         self._remember(state, new - z, found.residual - residual)
         state.norm = norm

@@ -1,7 +1,7 @@
 """The contract of a nonlinear solver: `init` and `step`; the loop, convergence and failure live elsewhere."""
 
 from abc import ABC, abstractmethod
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, fields
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
@@ -68,7 +68,7 @@ class Solver(Options, ABC, Generic[State]):
 
     @abstractmethod
     def init(self, problem: Problem, z: Tensor, evaluation: Evaluation) -> State:
-        """The state before the first step. Tensors in it have the batch first."""
+        """The state before the first step: None, or a dataclass whose tensors have the batch first."""
 
     @abstractmethod
     def step(
@@ -83,6 +83,13 @@ class Solver(Options, ABC, Generic[State]):
             state: of the step before.
             active: `(B,)` bool, samples still running; None if all are.
         """
+
+    def select(self, state: State, samples: Tensor) -> State:
+        """The state of some samples alone, `(B,)` bool: every tensor in it has the batch first."""
+        if state is None:
+            return state
+        parts = {f.name: getattr(state, f.name) for f in fields(state)}  # pyright: ignore[reportArgumentType]
+        return type(state)(**{name: t[samples] if isinstance(t, Tensor) else t for name, t in parts.items()})
 
 
 AnySolver = Solver[Any]

@@ -67,7 +67,9 @@ class Newton(Solver[_Progress]):
         """Validate."""
         super().__post_init__()
         ok = self.linear_solver is None or isinstance(self.linear_solver, LinearSolver)
-        self._require("linear_solver", ok, "None or a linear solver such as torchimplicit.LU() or torchimplicit.GMRES()")
+        self._require(
+            "linear_solver", ok, "None or a linear solver such as torchimplicit.LU() or torchimplicit.GMRES()"
+        )
         self._require_count("max_backtracks", 0)
         self._require_number("forcing", 0.0, 1.0, open_low=True, optional=True)
         self._require_count("warmup", 0)

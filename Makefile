@@ -1,0 +1,112 @@
+# The two commands: `make mnist` trains, `make test` checks. Both begin with nothing but Python.
+#
+#   PYTHON=python3.12     the interpreter that makes the environment (3.11 or newer)
+#   VENV=.venv            where the environment lives
+#   TORCH_INDEX=URL       a package index to take torch from, such as one with CPU builds
+#   PIP_ARGS="..."        further arguments for every pip install
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_INDEX ?=
+PIP_ARGS ?=
+THREADS ?= 1
+TEST_WORKERS ?= auto
+TEST_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt $(PIP_ARGS)
+TRAIN := $(BIN)/torchimplicit train mnist --threads $(THREADS)
+CHECKED := src tests benchmarks
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help mnist test lint format format-check types test-quick tests bench-notebook evidence hooks clean distclean
+
+help: ## say what there is
+	@echo "usage: make TARGET"
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
+
+# --- the environment: one stamp for each thing that is installed ------------------------------------------------
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed, $(PYTHON) is older: try make PYTHON=python3.12"; exit 1; }
+	@echo "making $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.torch: constraints.txt | $(VENV)/.created
+	@echo "installing torch"
+	@$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	@touch $@
+
+$(VENV)/.train: pyproject.toml $(VENV)/.torch
+	@echo "installing torchimplicit[train]"
+	@$(PIP) --editable '.[train]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml $(VENV)/.torch
+	@echo "installing torchimplicit[train,dev]"
+	@$(PIP) --editable '.[train,dev]'
+	@touch $@ $(VENV)/.train
+
+# --- training: a finished run is not repeated, an interrupted one goes on ---------------------------------------
+
+mnist: runs/digits/picard/report.html runs/digits/newton/report.html ## train both layers of the notebook on 5,000 digits
+	@echo
+	@echo "Reports, to open in a browser:"
+	@for report in $^; do echo "  $$report"; done
+	@echo "To train again, remove runs/digits."
+
+runs/digits/%/report.html: | $(VENV)/.train
+	env -u TORCHIMPLICIT_DATA $(TRAIN) --layer $* --out $(@D) $(if $(wildcard $(@D)/config.json),--resume)
+
+EVIDENCE := $(foreach layer,picard anderson newton,$(foreach seed,0 1 2,runs/evidence/$(layer)-$(seed)/report.html))
+
+evidence: $(EVIDENCE) ## train on the full MNIST, seeds 0-2 (TORCHIMPLICIT_DATA names the folder with its IDX files)
+	$(BIN)/python -m benchmarks.evidence runs/evidence
+
+runs/evidence/%/report.html: | $(VENV)/.train
+	@test -n "$$TORCHIMPLICIT_DATA" || { echo "set TORCHIMPLICIT_DATA to a folder with the four IDX files of MNIST"; exit 1; }
+	$(TRAIN) --layer $(firstword $(subst -, ,$*)) --seed $(lastword $(subst -, ,$*)) --out $(@D) \
+		$(if $(wildcard $(@D)/config.json),--resume)
+
+bench-notebook: $(VENV)/.train ## measure memory and time against the notebook's own algorithms, one thread
+	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python -m benchmarks.speed_notebook
+
+# --- checks -----------------------------------------------------------------------------------------------------
+
+test: lint format-check types tests ## lint, format, types and all tests
+
+lint: $(VENV)/.dev ## find mistakes that can be seen without running
+	$(BIN)/ruff check $(CHECKED)
+
+format-check: $(VENV)/.dev
+	$(BIN)/ruff format --check $(CHECKED)
+
+format: $(VENV)/.dev ## put the source in its standard form
+	$(BIN)/ruff check --fix $(CHECKED)
+	$(BIN)/ruff format $(CHECKED)
+
+types: $(VENV)/.dev ## check the types
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+tests: $(VENV)/.dev
+	$(BIN)/python -m pytest --quiet --numprocesses $(TEST_WORKERS) --maxprocesses 8 $(TEST_ARGS)
+
+test-quick: $(VENV)/.dev ## the tests without the slow ones
+	$(BIN)/python -m pytest --quiet --numprocesses $(TEST_WORKERS) --maxprocesses 8 -m 'not slow' $(TEST_ARGS)
+
+hooks: $(VENV)/.dev ## have git run the quick checks before each commit
+	@$(PIP) pre-commit
+	$(BIN)/pre-commit install
+
+# --- tidying: runs/ is never touched ----------------------------------------------------------------------------
+
+clean: ## remove caches and what was built
+	rm -rf build dist site .pytest_cache .ruff_cache .hypothesis src/*.egg-info
+	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## the same, and the environment
+	rm -rf $(VENV)

@@ -1,0 +1,1 @@
+"""The training jobs behind the command line; the library never imports this package."""

@@ -1,0 +1,90 @@
+"""The notebook's recipe: which solver, which network, which optimiser."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+import torchimplicit as ti
+from torchimplicit.experiments.config import check_layer
+from torchimplicit.experiments.errors import ExperimentError
+
+PIXELS = 28 * 28
+CLASSES = 10
+SOLVERS = ("picard", "anderson", "newton")
+
+RecipeSolver = ti.Picard | ti.Anderson | ti.Newton
+
+
+class ExplicitTanh(nn.Module):
+    """`z = tanh(W x + x)`: the cell of `TanhEquilibrium` applied once, started at its own input.
+
+    The explicit twin: the same parameters and initial weights, no equation to solve. Started at zero, as the
+    implicit layer is, one application would be `tanh(x)` and `W` would never be used.
+    """
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(features, features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `x` of shape `(..., features)` to the same shape."""
+        return torch.tanh(self.linear(x) + x)
+
+
+def make_solver(name: str, tolerance: float, batch_size: int) -> RecipeSolver:
+    """The solver called `name`, which stops where the notebook's does.
+
+    The notebook stops when the Frobenius norm of `f(z) - z` over the whole batch is below `tolerance`. Here
+    each sample stops by itself, at a two-norm of `tolerance / sqrt(batch_size)`: if all do, the batch meets
+    `tolerance`. Newton's steps are solved matrix-free by GMRES.
+    """
+    atol = tolerance / math.sqrt(batch_size)
+    if name == "picard":
+        return ti.Picard(atol=atol, rtol=0.0, norm="two")
+    if name == "anderson":
+        return ti.Anderson(atol=atol, rtol=0.0, norm="two")
+    if name == "newton":
+        # Full steps, as in the notebook: with these weights a line search on the residual's norm gets stuck for one
+        # or two samples in a hundred, at points where the Jacobian is nearly singular, and full steps pass them.
+        # One cycle of GMRES per step: far from the solution a better linear solve buys no better step.
+        gmres = ti.GMRES(restart=20, max_steps=20)
+        return ti.Newton(linear_solver=gmres, max_backtracks=0, atol=atol, rtol=0.0, norm="two")
+    raise ExperimentError(f"solver: unknown solver '{name}', valid ones are {', '.join(SOLVERS)}")
+
+
+def make_dense_newton(tolerance: float, batch_size: int) -> ti.Newton:
+    """Newton with the Jacobian as a dense matrix, as in the notebook, and the tolerance of `make_solver`."""
+    return ti.Newton(atol=tolerance / math.sqrt(batch_size), rtol=0.0, norm="two")
+
+
+def make_model(
+    layer: str,
+    *,
+    tolerance: float = 1e-4,
+    batch_size: int = 100,
+    max_steps: int | None = None,
+    features: int = 100,
+) -> nn.Sequential:
+    """Flatten, Linear(784, features), the layer, Linear(features, 10): images `(B, 28, 28)` to logits.
+
+    The same seed gives the same initial weights whatever `layer` is.
+    """
+    check_layer(layer)
+    first = nn.Linear(PIXELS, features)
+    if layer == "explicit":
+        middle: nn.Module = ExplicitTanh(features)
+    else:
+        solver = make_solver(layer, tolerance, batch_size)
+        middle = ti.nn.TanhEquilibrium(
+            features,
+            solver=solver,
+            # A sample that is not solved must not steer the weights: near a singular Jacobian, where solvers get
+            # stuck, the linearised equation's gradient is finite but huge, and one such sample undoes the training.
+            adjoint=ti.Implicit(unconverged="zero"),
+            max_steps=max_steps,
+            on_failure="ignore",  # the job counts and reports failures itself, batch by batch
+        )
+    return nn.Sequential(nn.Flatten(), first, middle, nn.Linear(features, CLASSES))
