@@ -15,6 +15,8 @@ _DIVERGENCE = 1e8
 """Growth of the residual over the initial one that counts as divergence."""
 _GROWN = 10.0
 """Growth over the best residual that tells a sample on its way out from one that hovers."""
+_CROWD = 1.5
+"""Settled samples leave once no more than one row in so many runs."""
 _LEAST_PROGRESS = 1e-5
 """Relative fall of the best residual, over a solver's patience, without which a sample has stalled."""
 
@@ -65,12 +67,12 @@ def iterate(problem: Problem, solver: Solver, z: Tensor, max_steps: int, keep_tr
                 history.append(books.spread(norm))
             if check:
                 books.enter(step, z, evaluation, norm, taken.failure, solver.patience)
-                chosen = books.active if books.mostly_settled else None
-                part = None if chosen is None else problem.select(chosen)
-                if chosen is not None and part is not None:
-                    problem = part
-                    z, evaluation, state = z[chosen], evaluation.select(chosen), solver.select(state, chosen)
-                    books.select(chosen, part)
+                rows = books.worth_keeping()
+                part = None if rows is None else problem.select(rows)
+                if rows is not None and part is not None:
+                    problem, state = part, solver.select(state, rows)
+                    z, evaluation = z.index_select(0, rows), evaluation.select(rows)
+                    books.select(rows, part)
     return books.close(whole, history if keep_trace else None)
 
 
@@ -93,7 +95,7 @@ class _Books:
         self._best = torch.where(norm.isnan(), torch.inf, norm)
         self._reference, self._looked = self._best, 0
         self._samples: Tensor | None = None
-        self._settled_z, self._settled, self._settled_peak = z, self._best, norm
+        self._settled_z, self._settled, self._settled_peak = z.clone(), self._best.clone(), norm.clone()
         self._ended = torch.zeros_like(norm, dtype=torch.long)
         self._status = torch.full_like(self._ended, _RUNNING)
         self.active: Tensor | None = None
@@ -101,17 +103,24 @@ class _Books:
         status = torch.where(norm <= tolerance.limit(evaluation), int(Status.CONVERGED), _RUNNING)
         self._settle(z, norm, torch.where(norm.isfinite(), status, int(Status.NONFINITE)))
 
-    @property
-    def mostly_settled(self) -> bool:
-        """Whether at least half of the rows at hand are settled, and some are not."""
-        return 0 < 2 * self.left <= self._norm.numel()
+    def worth_keeping(self) -> Tensor | None:
+        """Indices of the rows that run, once a third of those at hand are settled; else None."""
+        if self.active is None or not 0 < _CROWD * self.left <= self._norm.numel():
+            return None
+        return self.active.nonzero()[:, 0]
 
     def select(self, rows: Tensor, problem: Problem) -> None:
-        """Go on with some rows alone: the ones that run."""
-        self._samples = rows.nonzero()[:, 0] if self._samples is None else self._samples[rows]
+        """Go on with some rows alone, by their indices: the ones that run."""
+        self._samples = rows if self._samples is None else self._samples.index_select(0, rows)
         self._tolerance.select(rows, problem)
+        same = {"_best_z": self._best_z is self._z, "_best": self._best is self._norm}
         for name in ("_norm", "_first", "_peak", "_z", "_best_z", "_best", "_reference"):
-            setattr(self, name, getattr(self, name)[rows])
+            if not same.get(name):
+                setattr(self, name, getattr(self, name).index_select(0, rows))
+        if same["_best_z"]:
+            self._best_z = self._z
+        if same["_best"]:
+            self._best = self._norm
         self.active = None
 
     def spread(self, norm: Tensor) -> Tensor:
@@ -131,9 +140,9 @@ class _Books:
             # The usual case, no residual rose: the new iterate is the best one, nothing to sort out.
             self._best_z, self._best = z, norm
             finished = within if self.active is None else within & self.active
-            count = int(finished.sum())
-            if count:
-                self._end(finished, count, z, norm, int(Status.CONVERGED))
+            rows = finished.nonzero()[:, 0]
+            if rows.numel():
+                self._end(rows, z, norm, int(Status.CONVERGED))
         else:
             failed = self._sort_out(z, norm, better, failure)
             if look:
@@ -146,29 +155,27 @@ class _Books:
         ended = status != _RUNNING
         if self.active is not None:
             ended &= self.active
-        count = int(ended.sum())
-        if count:
+        rows = ended.nonzero()[:, 0]
+        if rows.numel():
             converged = status == int(Status.CONVERGED)
             value = torch.where(converged[:, None], z, self._best_z)
-            self._end(ended, count, value, torch.where(converged, norm, self._best), status)
+            self._end(rows, value, torch.where(converged, norm, self._best), status)
 
-    def _end(self, ended: Tensor, count: int, z: Tensor, norm: Tensor, status: Tensor | int) -> None:
-        """Some rows end here, with this value, residual norm and status."""
-        if self._samples is None:
-            self._settled_z = torch.where(ended[:, None], z, self._settled_z)
-            self._settled = torch.where(ended, norm, self._settled)
-            self._settled_peak = torch.where(ended, self._peak, self._settled_peak)
-            self._ended = torch.where(ended, self._step, self._ended)
-            self._status = torch.where(ended, status, self._status)
+    def _end(self, rows: Tensor, z: Tensor, norm: Tensor, status: Tensor | int) -> None:
+        """Some rows, by their indices, end here with this value, residual norm and status."""
+        samples = rows if self._samples is None else self._samples.index_select(0, rows)
+        self._settled_z.index_copy_(0, samples, z.index_select(0, rows))
+        self._settled.index_copy_(0, samples, norm.index_select(0, rows))
+        self._settled_peak.index_copy_(0, samples, self._peak.index_select(0, rows))
+        self._ended.index_fill_(0, samples, self._step)
+        if isinstance(status, Tensor):
+            self._status.index_copy_(0, samples, status.index_select(0, rows))
         else:
-            samples = self._samples[ended]
-            self._settled_z[samples] = z[ended]
-            self._settled[samples] = norm[ended]
-            self._settled_peak[samples] = self._peak[ended]
-            self._ended[samples] = self._step
-            self._status[samples] = status[ended] if isinstance(status, Tensor) else status
-        self.active = ~ended if self.active is None else self.active & ~ended
-        self.left -= count
+            self._status.index_fill_(0, samples, status)
+        if self.active is None:
+            self.active = torch.ones_like(norm, dtype=torch.bool)
+        self.active.index_fill_(0, rows, False)
+        self.left -= rows.numel()
 
     def _sort_out(self, z: Tensor, norm: Tensor, better: Tensor, failure: Tensor | None) -> Tensor:
         """Keep the best iterate; returns the failure status of each sample, `_RUNNING` for none."""

@@ -82,7 +82,8 @@ class Layout:
     def pack(self, leaves: list[Tensor]) -> Tensor:
         """Leaves to the matrix `(B, n)`; differentiable."""
         if self.simple:
-            return leaves[0].reshape(self.matrix_shape)
+            leaf = leaves[0]
+            return leaf if leaf.shape == self.matrix_shape else leaf.reshape(self.matrix_shape)
         columns = [
             (torch.view_as_real(t.resolve_conj()) if t.is_complex() else t).reshape(self.matrix_shape[0], size)
             for t, size in zip(leaves, self.sizes, strict=True)
@@ -92,7 +93,7 @@ class Layout:
     def unpack(self, matrix: Tensor) -> PyTree:
         """The matrix `(B, n)` to a pytree with the shapes and dtypes of the state; differentiable."""
         if self.bare:
-            return matrix.reshape(self.shapes[0])
+            return matrix if matrix.shape == self.shapes[0] else matrix.reshape(self.shapes[0])
         if self.simple:
             return pytree.tree_unflatten([matrix.reshape(self.shapes[0])], self.spec)
         leaves = []

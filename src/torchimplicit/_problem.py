@@ -33,8 +33,11 @@ class Evaluation:
         return self._residual
 
     def select(self, samples: Tensor) -> "Evaluation":
-        """The evaluation of some samples, `(B,)` bool."""
-        return Evaluation(self.value[samples], residual=self.residual[samples])
+        """The evaluation of some samples, by their indices."""
+        if self._residual is not None:
+            return Evaluation(self.value.index_select(0, samples), residual=self._residual.index_select(0, samples))
+        start = None if self._start is None else self._start.index_select(0, samples)
+        return Evaluation(self.value.index_select(0, samples), start)
 
 
 class Problem:
@@ -86,15 +89,15 @@ class Problem:
         return self.layout.simple and hasattr(self.fn, "linearize")
 
     def select(self, samples: Tensor) -> "Problem | None":
-        """The problem of some samples alone, `(B,)` bool, or None if fn does not say that it can be split.
+        """The problem of some samples alone, by their indices, or None if fn does not say that it can be split.
 
         A function or cell says so by an attribute `samplewise = True`: every tensor among its inputs is indexed by
         sample in its first dim, and no row depends on another. Calls of the part count as calls of the whole.
         """
         if not getattr(self.fn, "samplewise", False) or len(self.layout.batch_shape) != 1:
             return None
-        args = tuple(a[samples] if isinstance(a, Tensor) else a for a in self.args)
-        part = Problem(self.kind, self.fn, args, self.layout.select(int(samples.sum())))
+        args = tuple(a.index_select(0, samples) if isinstance(a, Tensor) else a for a in self.args)
+        part = Problem(self.kind, self.fn, args, self.layout.select(samples.numel()))
         part.epsilon = self.epsilon
         part._counted = self._counted
         return part

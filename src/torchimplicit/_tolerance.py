@@ -32,11 +32,11 @@ class Tolerance:
         self._least = solver.atol or 0.0
 
     def select(self, samples: Tensor, problem: Problem) -> None:
-        """Go on with some samples alone, `(B,)` bool."""
+        """Go on with some samples alone, by their indices."""
         self._problem = problem
-        self._first = self._first[samples]
+        self._first = self._first.index_select(0, samples)
         if isinstance(self._atol, Tensor):
-            self._atol = self._atol[samples]
+            self._atol = self._atol.index_select(0, samples)
 
     def limit(self, evaluation: Evaluation, peak: Tensor | None = None) -> Tensor | float:
         """What the residual's norm must not exceed at this evaluation, `(B,)` or one number for all.

@@ -10,6 +10,8 @@ from .._solution import Status
 from ._solver import LinearOperator, LinearSolution, LinearSolver
 
 _CHECK_EVERY = 4
+_CROWD = 2
+"""Samples that are done leave once no more than one row in so many is left."""
 
 
 @dataclass(frozen=True)
@@ -42,90 +44,81 @@ class Neumann(LinearSolver):
         size = two(b)
         target = rtol * size
         active = size.isfinite() & (size > target)
-        found = _Found(torch.zeros_like(b), size, torch.zeros_like(size, dtype=torch.long))
-        rest, index = operator, active.nonzero()[:, 0]
-        if index.numel() < b.shape[0]:
+        left = int(active.sum())
+        if left < b.shape[0]:
             b = torch.where(active[:, None], b, 0.0)
-        run = _Run(torch.zeros_like(b), b, target, size, active, index.numel())
-        samples: Tensor | None = None
+        found = _Rows(torch.zeros_like(b), torch.where(active, torch.inf, size), torch.zeros_like(size, dtype=torch.long))
+        rows, samples = found, None
+        rest, residual, reference, goal = operator, b, size, target
+        zero = b.new_zeros(())
         taken = 0
-        while run.left and taken < self.max_steps:
+        while left and taken < self.max_steps:
             # One addition in place a step; norms are looked at every few steps, always the same ones.
             for _ in range(min(_CHECK_EVERY, self.max_steps - taken)):
-                run.value += run.residual
-                run.residual = rest.richardson(run.residual)
+                rows.value += residual
+                residual = rest.richardson(residual)
                 taken += 1
-            norm = two(run.residual)
-            # A sample that has ended has no residual left here; NaN counts as above the target.
-            above = (norm <= run.target).logical_not_()
+            norm = two(residual)
+            # NaN counts as above the goal. A row that has ended has no residual left, and its value stays.
+            above = (norm <= goal).logical_not_()
             if taken % (_CHECK_EVERY * self.patience) == 0:
-                above &= norm <= self.slowest ** (_CHECK_EVERY * self.patience) * run.reference
-                run.reference = norm
-            going = int(above.sum()) if taken < self.max_steps else 0
-            if going < run.left:
-                ended = run.active & ~above if going else run.active
-                found.enter(ended, samples, run.value, norm, taken)
-                run.residual = torch.where(above[:, None], run.residual, 0.0)
-                run.active, run.left = above, going
-                smaller = rest.select(above) if 0 < 2 * going <= norm.numel() else None
-                if smaller is not None:
-                    # Most are done: go on with the others alone.
+                above &= norm <= self.slowest ** (_CHECK_EVERY * self.patience) * reference
+                reference = norm
+            if taken >= self.max_steps:
+                above = torch.zeros_like(above)
+            going = int(above.sum())
+            if going < left:
+                ended = active & ~above
+                rows.norm = torch.where(ended, norm, rows.norm)
+                rows.steps.masked_fill_(ended, taken)
+                active, left = above, going
+                chosen = above.nonzero()[:, 0] if 0 < _CROWD * going <= norm.numel() else None
+                smaller = None if chosen is None else rest.select(chosen)
+                if chosen is None or smaller is None:
+                    residual = torch.where(above[:, None], residual, zero)
+                else:
+                    # Few are left: go on with them alone.
                     rest = smaller
-                    samples = above.nonzero()[:, 0] if samples is None else samples[above]
-                    run = run.select(above)
+                    if samples is not None:
+                        found.put(samples, rows)
+                    samples = chosen if samples is None else samples.index_select(0, chosen)
+                    rows = rows.select(chosen)
+                    residual, active = residual.index_select(0, chosen), torch.ones_like(chosen, dtype=torch.bool)
+                    reference, goal = reference.index_select(0, chosen), goal.index_select(0, chosen)
+        if samples is not None:
+            found.put(samples, rows)
         if verify and taken:
             found.norm = two(b - operator.mv(found.value))
-        return _report(found.value, found.norm, size, target, found.steps)
+        return _report(found, size, target)
 
 
 @dataclass
-class _Found:
-    """What has been found of every sample: solution, residual norm and steps."""
+class _Rows:
+    """Solution, residual norm and steps of some samples; every tensor has them first."""
 
     value: Tensor
     norm: Tensor
     steps: Tensor
 
-    def enter(self, ended: Tensor, samples: Tensor | None, value: Tensor, norm: Tensor, taken: int) -> None:
-        """Enter the samples that have ended; `samples` maps the rows at hand to the batch's."""
-        if samples is None:
-            self.value = torch.where(ended[:, None], value, self.value)
-            self.norm = torch.where(ended, norm, self.norm)
-            self.steps = torch.where(ended, taken, self.steps)
-        else:
-            rows = samples[ended]
-            self.value[rows] = value[ended]
-            self.norm[rows] = norm[ended]
-            self.steps[rows] = taken
+    def select(self, chosen: Tensor) -> "_Rows":
+        """Some of the rows, by their indices."""
+        return _Rows(*(t.index_select(0, chosen) for t in (self.value, self.norm, self.steps)))
+
+    def put(self, samples: Tensor, rows: "_Rows") -> None:
+        """Write rows back to the samples they are."""
+        self.value.index_copy_(0, samples, rows.value)
+        self.norm.index_copy_(0, samples, rows.norm)
+        self.steps.index_copy_(0, samples, rows.steps)
 
 
-@dataclass
-class _Run:
-    """The samples still at hand; every tensor has them first."""
-
-    value: Tensor
-    residual: Tensor
-    target: Tensor
-    reference: Tensor
-    active: Tensor
-    left: int
-
-    def select(self, chosen: Tensor) -> "_Run":
-        return _Run(
-            self.value[chosen],
-            self.residual[chosen],
-            self.target[chosen],
-            self.reference[chosen],
-            self.active[chosen],
-            self.left,
-        )
-
-
-def _report(value: Tensor, final: Tensor, size: Tensor, target: Tensor, steps: Tensor) -> LinearSolution:
-    status = torch.where(final <= target, int(Status.CONVERGED), int(Status.MAX_STEPS))
-    finite = final.isfinite()
+def _report(found: _Rows, size: Tensor, target: Tensor) -> LinearSolution:
+    status = torch.where(found.norm <= target, int(Status.CONVERGED), int(Status.MAX_STEPS))
+    finite = found.norm.isfinite() & size.isfinite()
     status = torch.where(finite, status, int(Status.NONFINITE))
-    relative = torch.where(size > 0, final / size, 0.0)
+    relative = torch.where(size > 0, found.norm / size, 0.0)
     return LinearSolution(
-        torch.where(finite[:, None], value, 0.0), status, torch.where(finite, relative, torch.inf), steps
+        torch.where(finite[:, None], found.value, 0.0),
+        status,
+        torch.where(finite, relative, torch.inf),
+        found.steps,
     )

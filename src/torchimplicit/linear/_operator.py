@@ -13,7 +13,7 @@ class JacobianOperator(Protocol):
 
     A function or cell may supply its own in closed form: give it a method `linearize(z, value, *args)` that returns
     an object with `mv(p)` and `rmv(u)` on tensors shaped like z, and `dense()` of shape `(B, n, n)`. `value` is
-    `fn(z, *args)`, already known. An optional `select(samples)`, `(B,)` bool, gives the operator of some samples alone,
+    `fn(z, *args)`, already known. An optional `select(samples)` gives the operator of some samples alone, by their indices,
     so that an iteration can go on with those that need it. `torchimplicit.nn.TanhEquilibrium` does so.
     """
 
@@ -113,18 +113,22 @@ class SuppliedJacobian:
     def mv(self, p: Tensor) -> Tensor:
         """`J p`."""
         self.count(1)
+        if self.shape == self.matrix_shape:
+            return self.operator.mv(p)
         return self.operator.mv(p.reshape(self.shape)).reshape(self.matrix_shape)
 
     def rmv(self, u: Tensor) -> Tensor:
         """`Jᵀ u`."""
         self.count(1)
+        if self.shape == self.matrix_shape:
+            return self.operator.rmv(u)
         return self.operator.rmv(u.reshape(self.shape)).reshape(self.matrix_shape)
 
     def select(self, samples: Tensor) -> "SuppliedJacobian | None":
-        """`J` of some samples alone, `(B,)` bool, where the supplied operator has a `select` too."""
+        """`J` of some samples alone, by their indices, where the supplied operator has a `select` too."""
         if not hasattr(self.operator, "select") or len(self.shape) != 2:
             return None
-        count, n = int(samples.sum()), self.shape[1]
+        count, n = samples.numel(), self.shape[1]
         return replace(
             self, operator=self.operator.select(samples), shape=torch.Size((count, n)), matrix_shape=(count, n)
         )

@@ -25,7 +25,7 @@ class LinearOperator(Protocol):
         ...
 
     def select(self, samples: Tensor) -> "LinearOperator | None":
-        """The operator of some samples alone, `(B,)` bool, or None if that is not to be had."""
+        """The operator of some samples alone, by their indices, or None if that is not to be had."""
         ...
 
 

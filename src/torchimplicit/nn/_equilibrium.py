@@ -25,15 +25,18 @@ class _TanhJacobian:
 
     def mv(self, p: Tensor) -> Tensor:
         """`D W p`."""
+        if p.ndim == 2:
+            return torch.mm(p, self.weight.t()).mul_(self.slope)
         return self.slope * functional.linear(p, self.weight)
 
     def rmv(self, u: Tensor) -> Tensor:
         """`Wᵀ D u`."""
-        return torch.matmul(self.slope * u, self.weight)
+        scaled = self.slope * u
+        return torch.mm(scaled, self.weight) if u.ndim == 2 else torch.matmul(scaled, self.weight)
 
     def select(self, samples: Tensor) -> "_TanhJacobian":
-        """The Jacobian of some samples, `(B,)` bool."""
-        return _TanhJacobian(self.slope[samples], self.weight)
+        """The Jacobian of some samples, by their indices."""
+        return _TanhJacobian(self.slope.index_select(0, samples), self.weight)
 
     def dense(self) -> Tensor:
         """`(B, n, n)`."""

@@ -14,7 +14,7 @@ from .._problem import Evaluation, Problem
 State = TypeVar("State")
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Step(Generic[State]):
     """What a step hands back to the loop.
 
@@ -85,11 +85,11 @@ class Solver(Options, ABC, Generic[State]):
         """
 
     def select(self, state: State, samples: Tensor) -> State:
-        """The state of some samples alone, `(B,)` bool: every tensor in it has the batch first."""
+        """The state of some samples alone, by their indices: every tensor in it has the batch first."""
         if state is None:
             return state
         parts = {f.name: getattr(state, f.name) for f in fields(state)}  # pyright: ignore[reportArgumentType]
-        return type(state)(**{name: t[samples] if isinstance(t, Tensor) else t for name, t in parts.items()})
+        return type(state)(**{name: t.index_select(0, samples) if isinstance(t, Tensor) else t for name, t in parts.items()})
 
 
 AnySolver = Solver[Any]

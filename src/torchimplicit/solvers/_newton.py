@@ -1,6 +1,6 @@
 """Newton's method with a per-sample line search; dense LU or any linear solver for its steps."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -26,12 +26,14 @@ class _Progress:
         eta: the last forcing term.
         wait: plain steps to take before the next Newton step; None where there can be none.
         pause: length of the next wait.
+        nobody: zeros.
     """
 
     norm: Tensor
     eta: Tensor
     wait: Tensor | None
     pause: Tensor
+    nobody: Tensor
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class Newton(Solver[_Progress]):
         norm = two(evaluation.residual)
         nobody = torch.zeros_like(norm, dtype=torch.long)
         plain = problem.kind == "fixed_point" and self.max_backtracks > 0
-        return _Progress(norm, torch.full_like(norm, 0.1), nobody + self.warmup if plain else None, nobody + 1)
+        return _Progress(norm, torch.full_like(norm, 0.1), nobody + self.warmup if plain else None, nobody + 1, nobody)
 
     def step(
         self, problem: Problem, z: Tensor, evaluation: Evaluation, state: _Progress, active: Tensor | None
@@ -87,10 +89,12 @@ class Newton(Solver[_Progress]):
         """One linear solve and the search along its direction, or a plain step for those that wait."""
         running = torch.ones_like(state.norm, dtype=torch.bool) if active is None else active
         trying = running if state.wait is None else running & (state.wait == 0)
+        if state.wait is not None and not bool(trying.any()):
+            found = problem.evaluate(evaluation.value)
+            norm = two(found.residual)
+            wait = torch.where(norm < state.norm, state.wait - 1, state.nobody)
+            return Step(evaluation.value, found, replace(state, norm=norm, wait=wait))
         waiting = running & ~trying
-        if not bool(trying.any()):
-            new = hold(waiting, z + evaluation.residual, z)
-            return self._done(new, problem.evaluate(new), state, waiting, None, None)
         operator = problem.linearize(z, evaluation.value)
         # The right-hand side of all others is zero, which costs the linear solver nothing.
         residual = hold(trying, evaluation.residual, torch.zeros_like(z))
@@ -111,21 +115,19 @@ class Newton(Solver[_Progress]):
             else:
                 search.back(stuck)
         failure = torch.where(singular, int(Status.SINGULAR), torch.where(stuck, int(Status.STALLED), -1))
-        return self._done(search.z, search.found, state, waiting, search.refused, failure)
+        return Step(search.z, search.found, self._after(search, state, waiting), failure)
 
-    @staticmethod
-    def _done(
-        z: Tensor, found: Evaluation, state: _Progress, waiting: Tensor, refused: Tensor | None, failure: Tensor | None
-    ) -> Step[_Progress]:
-        norm = two(found.residual)
+    def _after(self, search: "_Search", state: _Progress, waiting: Tensor) -> _Progress:
+        """The state after a step in which some samples took Newton's, and `waiting` ones the plain one."""
+        eta = _forcing(search.norm, state) if self.forcing is None else state.eta
         wait, pause = state.wait, state.pause
         if wait is not None:
-            wait = torch.where(waiting & (norm < state.norm), wait - 1, 0)
-            if refused is not None:
-                wait = torch.where(refused, pause, wait)
-                # A Newton step that was good makes the next wait short again.
-                pause = torch.where(refused, (2 * pause).clamp_max(_LONGEST_WAIT), torch.where(waiting, pause, 1))
-        return Step(z, found, _Progress(norm, _forcing(norm, state), wait, pause), failure)
+            wait = torch.where(waiting & (search.norm < state.norm), wait - 1, state.nobody)
+            wait = torch.where(search.refused, pause, wait)
+            # A Newton step that was good makes the next wait short again.
+            short = torch.where(waiting, pause, state.nobody + 1)
+            pause = torch.where(search.refused, (2 * pause).clamp_max(_LONGEST_WAIT), short)
+        return _Progress(search.norm, eta, wait, pause, state.nobody)
 
 
 class _Search:
@@ -191,6 +193,7 @@ class _Search:
         if bool(samples.any()):
             old, new = self._evaluation, self.found
             self.z = hold(samples, self._start, self.z)
+            self.norm = torch.where(samples, self._merit, self.norm)
             self.found = Evaluation(
                 hold(samples, old.value, new.value), residual=hold(samples, old.residual, new.residual)
             )
