@@ -35,7 +35,7 @@ class Implicit(Options):
         self._require(
             "linear_solver", ok, "None or a linear solver such as torchimplicit.LU() or torchimplicit.GMRES()"
         )
-        self._require_number("rtol", 0.0, 1.0, open_low=True, optional=True)
+        self._require_number("rtol", 0.0, 1.0, inside=True, optional=True)
         self._require_choice("unconverged", ("linearize", "zero"))
 
     def without_gradient(self, status: Tensor) -> Tensor:

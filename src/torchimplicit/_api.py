@@ -69,7 +69,7 @@ def fixed_point(
         ConvergenceError: a sample failed and `on_failure="raise"`.
     """
     refuse_unknown("fixed_point", unknown, _OPTIONS)
-    return _solve("fixed_point", fn, z0, args, solver or Anderson(), adjoint, batch_dims, max_steps, on_failure, trace)
+    return _solve("fixed_point", fn, z0, args, Anderson() if solver is None else solver, adjoint, batch_dims, max_steps, on_failure, trace)
 
 
 def root(
@@ -115,7 +115,7 @@ def root(
         ConvergenceError: a sample failed and `on_failure="raise"`.
     """
     refuse_unknown("root", unknown, _OPTIONS)
-    return _solve("root", fn, z0, args, solver or Newton(), adjoint, batch_dims, max_steps, on_failure, trace)
+    return _solve("root", fn, z0, args, Newton() if solver is None else solver, adjoint, batch_dims, max_steps, on_failure, trace)
 
 
 def _solve(
@@ -136,8 +136,8 @@ def _solve(
     _refuse_transforms(kind, (z0, args))
     leaves = pytree.tree_leaves(z0)
     problem = Problem(kind, fn, args, layout)
-    with torch.no_grad():
-        start = layout.pack([leaf.detach() for leaf in leaves])
+    with torch.no_grad(), problem.exact():
+        start = layout.pack([leaf.detach() for leaf in leaves]).clone()  # nothing may write into the caller's z0
         _refuse_dual_value(problem, start)
         steps = solver.max_steps if max_steps is None else max_steps
         outcome = iterate(problem, solver, start, steps, trace)
@@ -145,7 +145,8 @@ def _solve(
     report = AdjointReport()
     z = outcome.z
     if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
-        z = attach(problem, z, outcome.status, outcome.finite, leaves, adjoint, report, on_failure, call_site())
+        with problem.exact():
+            z = attach(problem, z, outcome.status, outcome.finite, leaves, adjoint, report, on_failure, call_site())
     converged = outcome.status == int(Status.CONVERGED)
     solution = Solution(
         value=layout.unpack(z),

@@ -50,7 +50,8 @@ class Backward:
         before = self.problem.evaluations
         if self.dead is not None:
             v = torch.where(self.dead[:, None], 0.0, v)
-        found = self.adjoint.solve(self.operator, v)
+        with torch.autocast(v.device.type, enabled=False):
+            found = self.adjoint.solve(self.operator, v)
         status = found.status if self.dead is None else torch.where(self.dead, self.status, found.status)
         layout = self.problem.layout
         self.report.status = layout.per_sample(status)

@@ -82,13 +82,19 @@ class Layout:
     def pack(self, leaves: list[Tensor]) -> Tensor:
         """Leaves to the matrix `(B, n)`; differentiable."""
         if self.simple:
-            leaf = leaves[0]
+            leaf = leaves[0].to(self.dtype)
             return leaf if leaf.shape == self.matrix_shape else leaf.reshape(self.matrix_shape)
         columns = [
             (torch.view_as_real(t.resolve_conj()) if t.is_complex() else t).reshape(self.matrix_shape[0], size)
             for t, size in zip(leaves, self.sizes, strict=True)
         ]
         return torch.cat([c.to(self.dtype) for c in columns], dim=1)
+
+    def rounded(self, matrix: Tensor) -> Tensor:
+        """The matrix `(B, n)` as the leaves can hold it: rounded where they are of less precision."""
+        if all(torch.finfo(dtype).eps <= torch.finfo(self.dtype).eps for dtype in self.dtypes):
+            return matrix
+        return self.pack(pytree.tree_leaves(self.unpack(matrix)))
 
     def unpack(self, matrix: Tensor) -> PyTree:
         """The matrix `(B, n)` to a pytree with the shapes and dtypes of the state; differentiable."""
@@ -99,7 +105,7 @@ class Layout:
         leaves = []
         for column, shape, dtype in zip(matrix.split(self.sizes, dim=1), self.shapes, self.dtypes, strict=True):
             if dtype.is_complex:
-                pairs = column.to(dtype.to_real()).reshape(*shape, 2).contiguous()
+                pairs = column.to(dtype.to_real()).reshape(*shape, 2).clone(memory_format=torch.contiguous_format)
                 leaves.append(torch.view_as_complex(pairs))
             else:
                 leaves.append(column.to(dtype).reshape(shape))
@@ -138,7 +144,7 @@ class Layout:
                     if floating
                     else f"{what}: fn returned {leaf.dtype}; it must return a floating-point or complex tensor."
                 )
-        return leaves
+        return [leaf.to(dtype) if dtype.is_complex else leaf for leaf, dtype in zip(leaves, self.dtypes, strict=True)]
 
 
 def _check_leaves(leaves: list[Any], batch_dims: int) -> None:
@@ -149,10 +155,14 @@ def _check_leaves(leaves: list[Any], batch_dims: int) -> None:
     for leaf in leaves:
         if not isinstance(leaf, Tensor):
             raise TypeError(f"z0 must hold tensors only, but a leaf is {_name(leaf)}; use torch.as_tensor.")
+        if leaf.layout != torch.strided:
+            raise TypeError(f"z0 must be a dense tensor, but its layout is {leaf.layout}; use z0.to_dense().")
         if not (leaf.is_floating_point() or leaf.is_complex()):
             raise TypeError(
                 f"z0 must be floating point or complex, but is {leaf.dtype}; use z0.float() or z0.double()."
             )
+        if leaf.itemsize < 2:
+            raise TypeError(f"z0 has the dtype {leaf.dtype}, too coarse to solve in; use z0.to(torch.bfloat16) or more.")
         if batch_dims > leaf.ndim:
             raise ValueError(
                 f"batch_dims={batch_dims} is larger than z0.ndim={leaf.ndim} (shape {tuple(leaf.shape)}); "

@@ -41,16 +41,16 @@ class Options:
             raise ValueError(f"{type(self).__name__}: {name}={getattr(self, name)!r} is not valid; give {wanted}.")
 
     def _require_number(
-        self, name: str, low: float, high: float = math.inf, *, open_low: bool = False, optional: bool = False
+        self, name: str, low: float, high: float = math.inf, *, inside: bool = False, optional: bool = False
     ) -> None:
         value = getattr(self, name)
         if value is None and optional:
             return
-        inside = False
+        ok = False
         if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-            inside = value <= high and (value > low if open_low else value >= low)
-        interval = f"{'(' if open_low else '['}{low}, {high}{')' if math.isinf(high) else ']'}"
-        self._require(name, inside, f"a finite number in {interval}{' or None' if optional else ''}")
+            ok = low < value < high if inside else low <= value <= high
+        interval = f"{'(' if inside else '['}{low}, {high}{')' if inside or math.isinf(high) else ']'}"
+        self._require(name, ok, f"a finite number in {interval}{' or None' if optional else ''}")
 
     def _require_count(self, name: str, low: int, *, optional: bool = False) -> None:
         value = getattr(self, name)

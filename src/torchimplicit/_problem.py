@@ -1,10 +1,12 @@
 """The equation to solve, in residual form, on matrices `(B, n)`; counts the calls of the user's function."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from ._layout import Layout
 from .linear import AutogradJacobian, JacobianOperator, ResidualJacobian, SuppliedJacobian
@@ -46,6 +48,8 @@ class Problem:
     `r = fn(z) − z` for a fixed point and `r = −fn(z)` for a root, so that `z + r` is the plain (Picard or Richardson)
     step in both cases, and with `A = −∂r/∂z` Newton's step is `A⁻¹ r` in both cases.
 
+    fn runs under the autocast of the call; everything else runs without (see `exact`).
+
     Attributes:
         epsilon: rounding unit of fn's values; larger than the state's own under autocast.
     """
@@ -56,7 +60,17 @@ class Problem:
         self.args = args
         self.layout = layout
         self._counted = [0]
+        self._last: Tensor | None = None
+        device = layout.device.type
+        self._autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False):
+                self.args = pytree.tree_map(_usable, args)
         self.epsilon = torch.finfo(layout.dtype).eps
+
+    def exact(self) -> AbstractContextManager[Any]:
+        """The context for the solvers' own algebra: no autocast."""
+        return nullcontext() if self._autocast is None else torch.autocast(self.layout.device.type, enabled=False)
 
     @property
     def evaluations(self) -> int:
@@ -64,17 +78,39 @@ class Problem:
         return self._counted[0]
 
     def output(self, z: Tensor) -> Tensor:
-        """fn's value `(B, n)` at a state `(B, n)`; differentiable where grad mode is on."""
+        """fn's value `(B, n)` at a state `(B, n)`; differentiable where grad mode is on.
+
+        Raises:
+            TypeError: what fn returns has another structure or dtype than z0.
+            ValueError: it has another shape, or fn writes into its argument or into what it returned before.
+        """
         self._counted[0] += 1
-        leaves = self.layout.check_output(self.fn(self.layout.unpack(z), *self.args), self.kind)
-        if not self.layout.simple:
+        layout = self.layout
+        argument = layout.unpack(z)
+        version = None if z.is_inference() else z._version
+        if self._autocast is None:
+            out = self.fn(argument, *self.args)
+        else:
+            with torch.autocast(layout.device.type, self._autocast):
+                out = self.fn(argument, *self.args)
+        if version is not None and z._version != version:
+            raise ValueError(f"{self.kind}: fn changes its argument z in place; use out-of-place operations on z.")
+        if layout.bare and type(out) is Tensor and out.shape == layout.shapes[0] and out.dtype == layout.dtype:
+            value = out if out.shape == layout.matrix_shape else out.reshape(layout.matrix_shape)
+        else:
+            leaves = layout.check_output(out, self.kind)
             self.epsilon = max(torch.finfo(leaf.dtype).eps for leaf in leaves)
-        return self.layout.pack(leaves)
+            value = layout.pack(leaves)
+        # The value before is still alive, so the same memory means that fn has written over it.
+        if self._last is not None and value.data_ptr() == self._last.data_ptr() != 0 and value is not argument:
+            raise ValueError(f"{self.kind}: fn returns the same buffer at every call; return a new tensor each time.")
+        self._last = value.detach()
+        return value
 
     def evaluate(self, z: Tensor) -> Evaluation:
         """Value and residual at a state `(B, n)`."""
         value = self.output(z)
-        return Evaluation(value, z if self.kind == "fixed_point" else None)
+        return Evaluation(value, self.layout.rounded(z) if self.kind == "fixed_point" else None)
 
     def scale(self, evaluation: Evaluation, norm: Callable[[Tensor], Tensor]) -> Tensor | None:
         """The scale of the relative tolerance at a state, `(B,)`: `‖fn(z)‖` for a fixed point; None for a root.
@@ -99,7 +135,7 @@ class Problem:
         args = tuple(a.index_select(0, samples) if isinstance(a, Tensor) else a for a in self.args)
         part = Problem(self.kind, self.fn, args, self.layout.select(samples.numel()))
         part.epsilon = self.epsilon
-        part._counted = self._counted
+        part._counted, part._autocast = self._counted, self._autocast
         return part
 
     def linearize(self, z: Tensor, value: Tensor) -> ResidualJacobian:
@@ -117,3 +153,8 @@ class Problem:
     def count(self, products: int) -> None:
         """Add Jacobian products to the evaluations."""
         self._counted[0] += products
+
+
+def _usable(value: Any) -> Any:
+    """An inference tensor as one that autograd can record; anything else as it is."""
+    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value

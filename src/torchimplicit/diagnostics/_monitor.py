@@ -24,7 +24,7 @@ class Record:
     solution: Solution
 
 
-@dataclass
+@dataclass(eq=False)
 class Monitor:
     """What `monitor` collects.
 

@@ -35,12 +35,14 @@ class Cascade(LinearSolver):
         """Validate."""
         self._require_count("small", 0)
         self._require_count("dense_limit", 0)
+        self._require("neumann", isinstance(self.neumann, Neumann), "torchimplicit.Neumann(...)")
+        self._require("gmres", isinstance(self.gmres, GMRES), "torchimplicit.GMRES(...)")
 
-    def solve(self, operator: LinearOperator, b: Tensor, rtol: float | Tensor, verify: bool = True) -> LinearSolution:
+    def _solve(self, operator: LinearOperator, b: Tensor, rtol: float | Tensor, verify: bool) -> LinearSolution:
         """Solve `A x = b`, `b` `(B, n)`, until `‖b − A x‖ ≤ rtol·‖b‖` in each sample."""
         if b.shape[1] <= self.small:
             return LU().solve(operator, b, rtol)
-        found = self.neumann.solve(operator, b, rtol, verify)
+        found = self.neumann._solve(operator, b, rtol, verify)
         left = _left(found)
         if not bool(left.any()):
             return found
@@ -72,7 +74,10 @@ class Cascade(LinearSolver):
         needed = torch.where(left & (norm > 0), rtol * size / norm, 1.0)
         more = self.gmres.solve(operator, residual, needed, verify)
         relative = more.residual * norm / torch.where(size > 0, size, 1.0)
-        total = LinearSolution(start + more.value, more.status, relative, more.steps)
+        usable = more.status < int(Status.DIVERGED)
+        value = torch.where(usable[:, None], start + more.value, 0.0)
+        relative = torch.where(usable, relative, torch.where(relative.isfinite(), 1.0, torch.inf))
+        total = LinearSolution(value, more.status, relative, more.steps)
         return _merge(left, total, found, found.steps + more.steps)
 
 

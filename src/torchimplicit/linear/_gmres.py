@@ -42,7 +42,7 @@ class GMRES(LinearSolver):
         self._require_count("restart", 1)
         self._require_count("max_steps", 1)
 
-    def solve(self, operator: LinearOperator, b: Tensor, rtol: float | Tensor, verify: bool = True) -> LinearSolution:
+    def _solve(self, operator: LinearOperator, b: Tensor, rtol: float | Tensor, verify: bool) -> LinearSolution:
         """Solve `A x = b`, `b` `(B, n)`, until `‖b − A x‖ ≤ rtol·‖b‖` in each sample."""
         size = two(b)
         finite = size.isfinite()
@@ -106,7 +106,6 @@ def _cycle(operator: LinearOperator, run: _Run, target: Tensor, length: int) -> 
     weights = run.residual.new_zeros(batch, length, 1)
     zero = run.residual.new_zeros(())
     residual, norm, active = run.residual, two(run.residual), run.active
-    # A direction's length does not matter in itself, but must not overflow.
     direction = residual / norm.clamp_min(limits.tiny)[:, None]
     taken = 0
     while taken < length:
@@ -134,7 +133,7 @@ def _cycle(operator: LinearOperator, run: _Run, target: Tensor, length: int) -> 
         active = active & (norm > target)
         if taken == length or not bool(active.any()):
             break
-        direction = residual
+        direction = residual / norm.clamp_min(limits.tiny)[:, None]
         stagnant = norm > _PROGRESS * previous
         if bool(stagnant.any()):
             direction = torch.where(stagnant[:, None], column, direction)

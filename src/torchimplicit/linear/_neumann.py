@@ -36,10 +36,10 @@ class Neumann(LinearSolver):
     def __post_init__(self) -> None:
         """Validate."""
         self._require_count("max_steps", 1)
-        self._require_number("slowest", 0.0, 1.0, open_low=True)
+        self._require_number("slowest", 0.0, 1.0, inside=True)
         self._require_count("patience", 1)
 
-    def solve(self, operator: LinearOperator, b: Tensor, rtol: float | Tensor, verify: bool = True) -> LinearSolution:
+    def _solve(self, operator: LinearOperator, b: Tensor, rtol: float | Tensor, verify: bool) -> LinearSolution:
         """Solve `A x = b`, `b` `(B, n)`, until `‖b − A x‖ ≤ rtol·‖b‖` in each sample."""
         size = two(b)
         target = rtol * size

@@ -83,7 +83,7 @@ class AutogradJacobian:
         """`J`, `(B, n, n)`."""
         batch, n = self.state.shape
         self.count(n)
-        if not self.output.requires_grad:
+        if not self.output.requires_grad or n == 0:
             return self.state.new_zeros(batch, n, n)
         basis = torch.eye(n, dtype=self.state.dtype, device=self.state.device)
         rows = basis[:, None, :].expand(n, batch, n)
@@ -97,7 +97,9 @@ class AutogradJacobian:
                 torch.autograd.grad(self.output, self.state, row, retain_graph=True, materialize_grads=True)[0]
                 for row in rows
             ]
-            jacobian = torch.stack(products) if products else self.state.new_zeros(0, batch, n)
+            jacobian = torch.stack(products)
+        if jacobian.shape != rows.shape:  # what torch materialises where the output does not depend on the state
+            jacobian = torch.zeros_like(rows)
         return jacobian.transpose(0, 1)
 
 

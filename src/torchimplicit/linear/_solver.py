@@ -4,9 +4,11 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from .._options import Options
+from .._solution import Status
 
 
 class LinearOperator(Protocol):
@@ -50,9 +52,11 @@ class LinearSolution:
 class LinearSolver(Options, ABC):
     """Base class: solves `A x = b` for each sample of a batch, each with its own stopping and status."""
 
-    @abstractmethod
     def solve(self, operator: LinearOperator, b: Tensor, rtol: float | Tensor, verify: bool = True) -> LinearSolution:
         """Solve until `‖b − A x‖₂ ≤ rtol·‖b‖₂` in each sample.
+
+        Right-hand sides are scaled to unit size first, so that no norm can overflow or underflow; one that is not
+        finite makes its own sample NONFINITE.
 
         Args:
             operator: `A`, one matrix per sample.
@@ -60,3 +64,20 @@ class LinearSolver(Options, ABC):
             rtol: one tolerance, or one per sample `(B,)`. A direct solver ignores it.
             verify: recompute the residual that the status is judged by; costs a product.
         """
+        if b.numel() == 0:
+            status = torch.zeros(b.shape[0], dtype=torch.long, device=b.device)
+            return LinearSolution(torch.zeros_like(b), status, b.new_zeros(b.shape[0]), status.clone())
+        size = b.abs().amax(dim=1)
+        finite = size.isfinite()
+        if bool(finite.all()):
+            # A power of two, so that the scaling rounds nothing.
+            scale = torch.ldexp(torch.ones_like(size), torch.frexp(size).exponent - 1)[:, None]
+            found = self._solve(operator, b / scale, rtol, verify)
+            return LinearSolution(found.value * scale, found.status, found.residual, found.steps)
+        found = self.solve(operator, torch.where(finite[:, None], b, 0.0), rtol, verify)
+        status = torch.where(finite, found.status, int(Status.NONFINITE))
+        return LinearSolution(found.value, status, torch.where(finite, found.residual, torch.inf), found.steps)
+
+    @abstractmethod
+    def _solve(self, operator: LinearOperator, b: Tensor, rtol: float | Tensor, verify: bool) -> LinearSolution:
+        """`solve` for right-hand sides whose largest entry is in [1, 2), or zero."""

@@ -78,7 +78,7 @@ class TanhEquilibrium(FixedPoint):
     """The layer `z = tanh(W z + x)` of the Deep Implicit Layers tutorial (Kolter, Duvenaud & Johnson 2020, chapter 1).
 
     `W` is `layer.linear.weight`, initialised as `nn.Linear(features, features, bias=False)`; the start is z = 0. Input
-    and output have shape `(..., features)`; the first dim indexes the samples.
+    and output have shape `(..., features)`; every row is a problem of its own.
 
     Args:
         features: n.
@@ -114,6 +114,15 @@ class TanhEquilibrium(FixedPoint):
             max_steps=max_steps,
             on_failure=on_failure,
         )
+
+    def _batch_dims(self, *inputs: Tensor) -> int:
+        (x,) = inputs
+        if x.ndim < 1 or x.shape[-1] != self.linear.in_features:
+            raise ValueError(
+                f"TanhEquilibrium: the input must have shape (..., {self.linear.in_features}), but has {tuple(x.shape)}; "
+                "give features= the size of its last dim."
+            )
+        return x.ndim - 1
 
     @property
     def linear(self) -> nn.Linear:

@@ -39,6 +39,8 @@ class _Implicit(nn.Module):
         check_on_failure(on_failure)
         if not callable(cell):
             raise TypeError(f"cell must be callable, but is {type(cell).__name__}; give an nn.Module or a function.")
+        if init is not None and not callable(init):
+            raise TypeError(f"init={init!r} is not callable; give a function or nn.Module of the inputs, or None.")
         self.cell = cell
         self.init = init
         self.solver = solver
@@ -59,7 +61,7 @@ class _Implicit(nn.Module):
             *inputs,
             solver=self.solver,
             adjoint=self.adjoint,
-            batch_dims=self.batch_dims,
+            batch_dims=self._batch_dims(*inputs),
             max_steps=self.max_steps,
             on_failure=self.on_failure,
             trace=trace,
@@ -70,6 +72,9 @@ class _Implicit(nn.Module):
     def extra_repr(self) -> str:
         """The options."""
         return f"solver={self.solver}, adjoint={self.adjoint}, batch_dims={self.batch_dims}"
+
+    def _batch_dims(self, *inputs: PyTree) -> int:
+        return self.batch_dims
 
     def _start(self, *inputs: PyTree) -> PyTree:
         if self.init is not None:

@@ -20,14 +20,20 @@ class _History:
         gram: of the left halves, `(B, m, m)`, with the ridge on its diagonal of ones.
         norm: of the residual at the current iterate, `(B,)`.
         filled: whether a sample has any history, `(B,)`.
+        wait: plain steps to take before acceleration is tried again, `(B,)`.
+        pause: length of the next wait, `(B,)`.
         next: the row that the next difference overwrites.
+        waiting: whether any sample waits.
     """
 
     pairs: Tensor
     gram: Tensor
     norm: Tensor
     filled: Tensor
+    wait: Tensor
+    pause: Tensor
     next: int = 0
+    waiting: bool = False
 
 
 @dataclass(frozen=True)
@@ -40,8 +46,9 @@ class Anderson(Solver[_History]):
        ridge *relative* to them: a ridge in absolute units stalls once the residuals are smaller than it.
     2. The scaled Gram matrix has 1 + ridge on its diagonal, so dependent columns are survived; a column of length
        zero (a sample at rest) gets the coefficient 0.
-    3. Safeguard: a sample whose residual more than doubles, or is no longer finite, goes back to where it was, drops
-       its history and continues with a plain step from there.
+    3. Safeguard: a sample whose residual more than doubles in a step, or is no longer finite, goes back to where it
+       was, drops its history, and takes 1, 4, 16, … plain steps before it is accelerated again: where plain steps
+       converge, it does.
 
     Args:
         history: differences kept, `m`.
@@ -54,13 +61,13 @@ class Anderson(Solver[_History]):
     ridge: float | None = None
 
     max_steps: ClassVar[int] = 500
-    patience: ClassVar[int] = 50
+    patience: ClassVar[int] = 100
 
     def __post_init__(self) -> None:
         """Validate."""
         super().__post_init__()
         self._require_count("history", 1)
-        self._require_number("mixing", 0.0, 2.0, open_low=True)
+        self._require_number("mixing", 0.0, 2.0, inside=True)
         self._require_number("ridge", 0.0, optional=True)
 
     def init(self, problem: Problem, z: Tensor, evaluation: Evaluation) -> _History:
@@ -72,6 +79,8 @@ class Anderson(Solver[_History]):
             gram=torch.eye(m, dtype=z.dtype, device=z.device).repeat(batch, 1, 1),
             norm=two(evaluation.residual),
             filled=torch.zeros(batch, dtype=torch.bool, device=z.device),
+            wait=torch.zeros(batch, dtype=torch.long, device=z.device),
+            pause=torch.ones(batch, dtype=torch.long, device=z.device),
         )
 
     def step(
@@ -81,9 +90,13 @@ class Anderson(Solver[_History]):
         n = z.shape[1]
         residual = evaluation.residual
         moved = torch.add(z, residual, alpha=self.mixing)
-        if state.next or bool(state.filled.any()):
+        accelerated = state.filled
+        if bool(accelerated.any()):
             projection = torch.bmm(residual[:, None], state.pairs[:, :, :n].mT)[:, 0]
             gamma, _ = torch.linalg.solve_ex(state.gram, projection)
+            if state.waiting:
+                accelerated = accelerated & (state.wait == 0)
+                gamma = torch.where(accelerated[:, None], gamma, 0.0)
             # A solution in LAPACK's column order would send the product below through a loop over the batch.
             gamma = gamma.contiguous()
             moved = torch.baddbmm(moved[:, None], gamma[:, None], state.pairs[:, :, n:], alpha=-1)[:, 0]
@@ -91,13 +104,20 @@ class Anderson(Solver[_History]):
         found = problem.evaluate(new)
         norm = two(found.residual)
         # Also true of NaN, in the residual or in the coefficients.
-        refused = ~(norm <= 2.0 * state.norm) & state.filled
+        refused = ~(norm <= 2.0 * state.norm) & accelerated
+        if state.waiting:
+            state.wait = (state.wait - 1).clamp_min(0)
         if bool(refused.any()):
             keep = ~refused
             _forget(state, keep)
             new = hold(keep, new, z)
-            found = Evaluation(hold(keep, found.value, evaluation.value), residual=hold(keep, found.residual, residual))
+            found = Evaluation(
+                hold(keep, found.value, evaluation.value), residual=hold(keep, found.residual, residual)
+            )
             norm = torch.where(keep, norm, state.norm)
+            state.wait = torch.where(keep, state.wait, state.pause)
+            state.pause = torch.where(keep, state.pause, 4 * state.pause)
+            state.waiting = True
         self._remember(state, new - z, found.residual - residual)
         state.norm = norm
         return Step(new, found, state)

@@ -73,7 +73,7 @@ class Newton(Solver[_Progress]):
             "linear_solver", ok, "None or a linear solver such as torchimplicit.LU() or torchimplicit.GMRES()"
         )
         self._require_count("max_backtracks", 0)
-        self._require_number("forcing", 0.0, 1.0, open_low=True, optional=True)
+        self._require_number("forcing", 0.0, 1.0, inside=True, optional=True)
         self._require_count("warmup", 0)
 
     def init(self, problem: Problem, z: Tensor, evaluation: Evaluation) -> _Progress:

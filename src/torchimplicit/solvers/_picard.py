@@ -30,7 +30,7 @@ class Picard(Solver[None]):
     def __post_init__(self) -> None:
         """Validate."""
         super().__post_init__()
-        self._require_number("damping", 0.0, 2.0, open_low=True)
+        self._require_number("damping", 0.0, 2.0, inside=True)
 
     def init(self, problem: Problem, z: Tensor, evaluation: Evaluation) -> None:
         """No state."""
