@@ -1,6 +1,6 @@
 """The adjoint `Implicit`: what it is asked for, and the linear solve `Aᵀu = v` behind a backward pass."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -50,6 +50,7 @@ class Implicit(Options):
         rtol = torch.finfo(v.dtype).eps ** (2 / 3) if self.rtol is None else self.rtol
         rtol = max(rtol, 4 * torch.finfo(v.dtype).eps)
         found = (self.linear_solver or Cascade()).solve(operator.mT, v, rtol)
+        if found.solved:
+            return found
         solved = found.status == int(Status.CONVERGED)
-        value = torch.where(solved[:, None], found.value, 0.0)
-        return LinearSolution(value, found.status, found.residual, found.steps)
+        return replace(found, value=torch.where(solved[:, None], found.value, 0.0))

@@ -58,10 +58,9 @@ class Backward:
         self.report.residual = layout.per_sample(found.residual)
         self.report.steps = layout.per_sample(found.steps)
         self.report.evaluations = self.problem.evaluations - before
-        failed = bool((found.status != int(Status.CONVERGED)).any())
-        if failed or self.dead is not None:
+        if not found.solved or self.dead is not None:
             shield(self.record.output, self.record.state, everywhere=True)
-        if failed:
+        if not found.solved:
             what = f"backward of {self.problem.kind} (the gradient of these samples is zero)"
             report_failures(what, found.status, self.on_failure, site=self.site)
         return found.value if self.problem.kind == "fixed_point" else -found.value

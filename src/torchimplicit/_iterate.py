@@ -92,16 +92,20 @@ class _Books:
         self._step = 0
         self._norm = self._first = self._peak = norm
         self._z = self._best_z = z
-        self._best = torch.where(norm.isnan(), torch.inf, norm)
+        finite = norm.isfinite()
+        self._best = norm if bool(finite.all()) else torch.where(norm.isnan(), torch.inf, norm)
         self._reference, self._looked = self._best, 0
         self._samples: Tensor | None = None
-        self._settled_z, self._settled, self._settled_peak = z.clone(), self._best.clone(), norm.clone()
+        self._settled_z, self._settled, self._settled_peak = torch.empty_like(z), norm.clone(), norm.clone()
         self._ended = torch.zeros_like(norm, dtype=torch.long)
         self._status = torch.full_like(self._ended, _RUNNING)
+        self._failures = False
         self.active: Tensor | None = None
         self.left = norm.numel()
-        status = torch.where(norm <= tolerance.limit(evaluation), int(Status.CONVERGED), _RUNNING)
-        self._settle(z, norm, torch.where(norm.isfinite(), status, int(Status.NONFINITE)))
+        within = norm <= tolerance.limit(evaluation)
+        if bool((within | ~finite).any()):
+            status = torch.where(within, int(Status.CONVERGED), _RUNNING)
+            self._settle(z, norm, torch.where(finite, status, int(Status.NONFINITE)))
 
     def worth_keeping(self) -> Tensor | None:
         """Indices of the rows that run, once a third of those at hand are settled; else None."""
@@ -158,6 +162,7 @@ class _Books:
         rows = ended.nonzero()[:, 0]
         if rows.numel():
             converged = status == int(Status.CONVERGED)
+            self._failures = self._failures or not bool(converged[rows].all())
             value = torch.where(converged[:, None], z, self._best_z)
             self._end(rows, value, torch.where(converged, norm, self._best), status)
 
@@ -202,16 +207,16 @@ class _Books:
             self._settle(self._z, self._norm, unfinished)
         z, residual, status = self._settled_z, self._settled, self._status
         peak = self._settled_peak
-        if self._step:
-            doubtful = (status == int(Status.CONVERGED)) & (self._ended > 0)
-            doubtful &= ~self._tolerance.credible(problem, z, peak)
+        credible = self._tolerance.credible(problem, z, peak) if self._step else None
+        if credible is not None and not bool(credible.all()):
+            doubtful = (status == int(Status.CONVERGED)) & (self._ended > 0) & ~credible
             status = torch.where(doubtful, int(Status.DIVERGED), status)
-        spent = (status == int(Status.MAX_STEPS)) | (status == int(Status.STALLED))
-        if bool(spent.any()):
-            found = problem.evaluate(z)
-            reached = spent & self._tolerance.reached(problem, z, residual, found, peak)
-            status = torch.where(reached, int(Status.CONVERGED), status)
-        if bool((status == int(Status.NONFINITE)).any()):
+        if self._failures:
+            spent = (status == int(Status.MAX_STEPS)) | (status == int(Status.STALLED))
+            if bool(spent.any()):
+                found = problem.evaluate(z)
+                reached = spent & self._tolerance.reached(problem, z, residual, found, peak)
+                status = torch.where(reached, int(Status.CONVERGED), status)
             # Nothing non-finite leaves the library, not even a start that was not finite.
             z = torch.where(z.isfinite(), z, 0.0)
         finite = residual.isfinite()

@@ -55,13 +55,13 @@ class Tolerance:
         # A residual that has not fallen is no evidence, however far z has run: z ← z + c passes any relative test.
         return limit if peak is None else torch.minimum(limit, self._fallen(peak))
 
-    def credible(self, problem: Problem, z: Tensor, peak: Tensor) -> Tensor:
-        """Whether the rounding of a fixed point is small beside the fall of the residual on the way to it, `(B,)`.
+    def credible(self, problem: Problem, z: Tensor, peak: Tensor) -> Tensor | None:
+        """Whether the rounding of a fixed point is small beside the fall of the residual on the way to it, `(B,)`; None for a root.
 
         Far enough out `z + c` rounds to z, and the residual of a map without a fixed point to zero.
         """
         if problem.kind == "root":
-            return torch.ones_like(peak, dtype=torch.bool)
+            return None
         return problem.epsilon * self.norm(z) <= self._fallen(peak)
 
     def _fallen(self, peak: Tensor) -> Tensor:

@@ -43,13 +43,12 @@ class Cascade(LinearSolver):
         if b.shape[1] <= self.small:
             return LU().solve(operator, b, rtol)
         found = self.neumann._solve(operator, b, rtol, verify)
-        left = _left(found)
-        if not bool(left.any()):
+        if found.solved:
             return found
-        found = self._continue(operator, b, rtol, verify, found, left)
-        left = _left(found)
-        if b.shape[0] * b.shape[1] ** 2 * b.element_size() <= self.dense_limit and bool(left.any()):
-            again = LU().solve(operator, torch.where(left[:, None], b, 0.0), rtol)
+        found = self._continue(operator, b, rtol, verify, found, _left(found))
+        if not found.solved and b.shape[0] * b.shape[1] ** 2 * b.element_size() <= self.dense_limit:
+            left = _left(found)
+            again = LU().solve(operator, torch.where(left[:, None], b, 0.0), rtol, verify)
             found = _merge(left, again, found, found.steps)
         return found
 
@@ -77,7 +76,7 @@ class Cascade(LinearSolver):
         usable = more.status < int(Status.DIVERGED)
         value = torch.where(usable[:, None], start + more.value, 0.0)
         relative = torch.where(usable, relative, torch.where(relative.isfinite(), 1.0, torch.inf))
-        total = LinearSolution(value, more.status, relative, more.steps)
+        total = LinearSolution(value, more.status, relative, more.steps, more.solved)
         return _merge(left, total, found, found.steps + more.steps)
 
 
@@ -87,9 +86,11 @@ def _left(found: LinearSolution) -> Tensor:
 
 
 def _merge(chosen: Tensor, new: LinearSolution, old: LinearSolution, steps: Tensor) -> LinearSolution:
+    """`new` for the chosen samples, which are all that were left of `old`."""
     return LinearSolution(
         torch.where(chosen[:, None], new.value, old.value),
         torch.where(chosen, new.status, old.status),
         torch.where(chosen, new.residual, old.residual),
         steps,
+        new.solved,
     )

@@ -79,6 +79,7 @@ class GMRES(LinearSolver):
             status,
             torch.where(status == int(Status.NONFINITE), torch.inf, relative),
             run.steps,
+            not bool(status.any()),
         )
 
 

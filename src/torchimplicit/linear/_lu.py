@@ -29,12 +29,12 @@ class LU(LinearSolver):
         needed = (b != 0).any(dim=1)
         if bool(needed.all()) and b.numel():
             value, status, residual = _solve(matrix, b, trust)
-            return LinearSolution(value, status, residual, zeros)
+            return LinearSolution(value, status, residual, zeros, not bool(status.any()))
         # Rows with b = 0 have x = 0: resting samples of a Newton step cost no factorisation.
         value, status, residual = torch.zeros_like(b), zeros.clone(), b.new_zeros(b.shape[0])
         if bool(needed.any()):
             value[needed], status[needed], residual[needed] = _solve(matrix[needed], b[needed], trust)
-        return LinearSolution(value, status, residual, zeros)
+        return LinearSolution(value, status, residual, zeros, not bool(status.any()))
 
 
 def _solve(matrix: Tensor, b: Tensor, trust: float) -> tuple[Tensor, Tensor, Tensor]:

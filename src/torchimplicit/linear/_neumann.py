@@ -43,11 +43,9 @@ class Neumann(LinearSolver):
         """Solve `A x = b`, `b` `(B, n)`, until `‖b − A x‖ ≤ rtol·‖b‖` in each sample."""
         size = two(b)
         target = rtol * size
-        active = size.isfinite() & (size > target)
+        active = size > target
         left = int(active.sum())
-        if left < b.shape[0]:
-            b = torch.where(active[:, None], b, 0.0)
-        found = _Rows(torch.zeros_like(b), torch.where(active, torch.inf, size), torch.zeros_like(size, dtype=torch.long))
+        found = _Rows(torch.zeros_like(b), size.clone(), torch.zeros_like(size, dtype=torch.long))
         rows, samples = found, None
         rest, residual, reference, goal = operator, b, size, target
         zero = b.new_zeros(())
@@ -112,13 +110,13 @@ class _Rows:
 
 
 def _report(found: _Rows, size: Tensor, target: Tensor) -> LinearSolution:
-    status = torch.where(found.norm <= target, int(Status.CONVERGED), int(Status.MAX_STEPS))
-    finite = found.norm.isfinite() & size.isfinite()
+    within = found.norm <= target
+    solved = bool(within.all())
+    relative = found.norm / size.clamp_min(torch.finfo(size.dtype).tiny)
+    if solved:
+        return LinearSolution(found.value, torch.zeros_like(found.steps), relative, found.steps, True)
+    finite = found.norm.isfinite()
+    status = torch.where(within, int(Status.CONVERGED), int(Status.MAX_STEPS))
     status = torch.where(finite, status, int(Status.NONFINITE))
-    relative = torch.where(size > 0, found.norm / size, 0.0)
-    return LinearSolution(
-        torch.where(finite[:, None], found.value, 0.0),
-        status,
-        torch.where(finite, relative, torch.inf),
-        found.steps,
-    )
+    value = torch.where(finite[:, None], found.value, 0.0)
+    return LinearSolution(value, status, torch.where(finite, relative, torch.inf), found.steps, False)

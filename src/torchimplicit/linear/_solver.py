@@ -1,7 +1,8 @@
 """The contract of linear operators and linear solvers on batches of systems."""
 
+import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -31,6 +32,10 @@ class LinearOperator(Protocol):
         ...
 
 
+_SAFE = 1e12
+"""Entries up to this size, and not below its inverse, can be squared and summed in every dtype."""
+
+
 @dataclass(frozen=True)
 class LinearSolution:
     """What a linear solver found, per sample.
@@ -40,12 +45,14 @@ class LinearSolution:
         status: `(B,)`, members of `Status`.
         residual: `(B,)`, relative residual `‖b − A x‖ / ‖b‖` (0 where b = 0).
         steps: `(B,)`, iterations taken (0 for a direct solver).
+        solved: whether every sample is CONVERGED, known to the host.
     """
 
     value: Tensor
     status: Tensor
     residual: Tensor
     steps: Tensor
+    solved: bool
 
 
 @dataclass(frozen=True)
@@ -55,7 +62,7 @@ class LinearSolver(Options, ABC):
     def solve(self, operator: LinearOperator, b: Tensor, rtol: float | Tensor, verify: bool = True) -> LinearSolution:
         """Solve until `‖b − A x‖₂ ≤ rtol·‖b‖₂` in each sample.
 
-        Right-hand sides are scaled to unit size first, so that no norm can overflow or underflow; one that is not
+        Right-hand sides of extreme size are scaled first, so that no norm can overflow or underflow; one that is not
         finite makes its own sample NONFINITE.
 
         Args:
@@ -66,18 +73,22 @@ class LinearSolver(Options, ABC):
         """
         if b.numel() == 0:
             status = torch.zeros(b.shape[0], dtype=torch.long, device=b.device)
-            return LinearSolution(torch.zeros_like(b), status, b.new_zeros(b.shape[0]), status.clone())
-        size = b.abs().amax(dim=1)
-        finite = size.isfinite()
-        if bool(finite.all()):
+            return LinearSolution(torch.zeros_like(b), status, b.new_zeros(b.shape[0]), status.clone(), True)
+        size = torch.linalg.vector_norm(b, ord=torch.inf, dim=1)
+        least, largest = torch.stack(torch.aminmax(size)).tolist()
+        if 1 / _SAFE < least and largest < _SAFE:
+            return self._solve(operator, b, rtol, verify)
+        if math.isfinite(largest):
             # A power of two, so that the scaling rounds nothing.
             scale = torch.ldexp(torch.ones_like(size), torch.frexp(size).exponent - 1)[:, None]
             found = self._solve(operator, b / scale, rtol, verify)
-            return LinearSolution(found.value * scale, found.status, found.residual, found.steps)
+            return replace(found, value=found.value * scale)
+        finite = size.isfinite()
         found = self.solve(operator, torch.where(finite[:, None], b, 0.0), rtol, verify)
         status = torch.where(finite, found.status, int(Status.NONFINITE))
-        return LinearSolution(found.value, status, torch.where(finite, found.residual, torch.inf), found.steps)
+        residual = torch.where(finite, found.residual, torch.inf)
+        return replace(found, status=status, residual=residual, solved=False)
 
     @abstractmethod
     def _solve(self, operator: LinearOperator, b: Tensor, rtol: float | Tensor, verify: bool) -> LinearSolution:
-        """`solve` for right-hand sides whose largest entry is in [1, 2), or zero."""
+        """`solve` for right-hand sides of moderate size, or zero."""
