@@ -69,7 +69,18 @@ def fixed_point(
         ConvergenceError: a sample failed and `on_failure="raise"`.
     """
     refuse_unknown("fixed_point", unknown, _OPTIONS)
-    return _solve("fixed_point", fn, z0, args, Anderson() if solver is None else solver, adjoint, batch_dims, max_steps, on_failure, trace)
+    return _solve(
+        "fixed_point",
+        fn,
+        z0,
+        args,
+        Anderson() if solver is None else solver,
+        adjoint,
+        batch_dims,
+        max_steps,
+        on_failure,
+        trace,
+    )
 
 
 def root(
@@ -115,7 +126,9 @@ def root(
         ConvergenceError: a sample failed and `on_failure="raise"`.
     """
     refuse_unknown("root", unknown, _OPTIONS)
-    return _solve("root", fn, z0, args, Newton() if solver is None else solver, adjoint, batch_dims, max_steps, on_failure, trace)
+    return _solve(
+        "root", fn, z0, args, Newton() if solver is None else solver, adjoint, batch_dims, max_steps, on_failure, trace
+    )
 
 
 def _solve(

@@ -60,7 +60,7 @@ def iterate(problem: Problem, solver: Solver, z: Tensor, max_steps: int, keep_tr
             break
         taken = solver.step(problem, z, evaluation, state, books.active)
         z, evaluation, state = taken.z, taken.evaluation, taken.state
-        check = step % solver.check_every == 0 or step == max_steps or taken.failure is not None
+        check = step % solver.check_every == 0 or step == max_steps or taken.failure is not None or taken.look
         if check or keep_trace:
             norm = tolerance.norm(evaluation.residual)
             if keep_trace:

@@ -162,7 +162,9 @@ def _check_leaves(leaves: list[Any], batch_dims: int) -> None:
                 f"z0 must be floating point or complex, but is {leaf.dtype}; use z0.float() or z0.double()."
             )
         if leaf.itemsize < 2:
-            raise TypeError(f"z0 has the dtype {leaf.dtype}, too coarse to solve in; use z0.to(torch.bfloat16) or more.")
+            raise TypeError(
+                f"z0 has the dtype {leaf.dtype}, too coarse to solve in; use z0.to(torch.bfloat16) or more."
+            )
         if batch_dims > leaf.ndim:
             raise ValueError(
                 f"batch_dims={batch_dims} is larger than z0.ndim={leaf.ndim} (shape {tuple(leaf.shape)}); "

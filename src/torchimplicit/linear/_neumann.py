@@ -9,7 +9,7 @@ from .._norms import two
 from .._solution import Status
 from ._solver import LinearOperator, LinearSolution, LinearSolver
 
-_CHECK_EVERY = 4
+_CHECK_EVERY = 6
 _CROWD = 2
 """Samples that are done leave once no more than one row in so many is left."""
 
@@ -18,7 +18,7 @@ _CROWD = 2
 class Neumann(LinearSolver):
     """`x = Σₖ (I − A)ᵏ b` (Richardson's iteration with unit step), which converges where `ρ(I − A) < 1`.
 
-    A step is one product, one addition and, every fourth time, one norm; GMRES needs fewer steps, but each costs
+    A step is one product, one addition and, every sixth time, one norm; GMRES needs fewer steps, but each costs
     several times as much beside the product. A sample whose residual does not fall by `slowest` per step, measured over
     `patience` looks at it, is given up as MAX_STEPS with what it has. Where the operator can be split, samples that are
     done leave the batch.
@@ -31,7 +31,7 @@ class Neumann(LinearSolver):
 
     max_steps: int = 500
     slowest: float = 0.99
-    patience: int = 3
+    patience: int = 2
 
     def __post_init__(self) -> None:
         """Validate."""

@@ -111,9 +111,7 @@ class Anderson(Solver[_History]):
             keep = ~refused
             _forget(state, keep)
             new = hold(keep, new, z)
-            found = Evaluation(
-                hold(keep, found.value, evaluation.value), residual=hold(keep, found.residual, residual)
-            )
+            found = Evaluation(hold(keep, found.value, evaluation.value), residual=hold(keep, found.residual, residual))
             norm = torch.where(keep, norm, state.norm)
             state.wait = torch.where(keep, state.wait, state.pause)
             state.pause = torch.where(keep, state.pause, 4 * state.pause)

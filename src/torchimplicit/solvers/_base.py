@@ -23,12 +23,14 @@ class Step(Generic[State]):
         evaluation: fn evaluated at `z`.
         state: the solver's own state.
         failure: `(B,)`, a failure `Status` per sample or −1; None when no sample failed.
+        look: whether to look at the residuals now, whatever `check_every` says: the next step is dear.
     """
 
     z: Tensor
     evaluation: Evaluation
     state: State
     failure: Tensor | None = None
+    look: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ class Solver(Options, ABC, Generic[State]):
             effective below `4ε`, which is what the dtype can reach.
         atol: absolute tolerance in the units of the residual; None is `ε·‖r(z0)‖`, which has no units to get wrong.
         norm: `"rms"`, `"two"`, `"max"` or a callable `(B, n) -> (B,)`.
-        check_every: steps between two looks at the residuals; larger values save synchronisations on a GPU.
+        check_every: steps between two looks at the residuals; larger values save time where fn is cheap, and
+            synchronisations on a GPU. Newton looks after every Newton step in any case.
     """
 
     _: KW_ONLY
@@ -89,7 +92,9 @@ class Solver(Options, ABC, Generic[State]):
         if state is None:
             return state
         parts = {f.name: getattr(state, f.name) for f in fields(state)}  # pyright: ignore[reportArgumentType]
-        return type(state)(**{name: t.index_select(0, samples) if isinstance(t, Tensor) else t for name, t in parts.items()})
+        return type(state)(
+            **{name: t.index_select(0, samples) if isinstance(t, Tensor) else t for name, t in parts.items()}
+        )
 
 
 AnySolver = Solver[Any]

@@ -97,25 +97,22 @@ class Newton(Solver[_Progress]):
         waiting = running & ~trying
         operator = problem.linearize(z, evaluation.value)
         # The right-hand side of all others is zero, which costs the linear solver nothing.
-        residual = hold(trying, evaluation.residual, torch.zeros_like(z))
+        rests = active is not None or bool(waiting.any())
+        residual = hold(trying, evaluation.residual, torch.zeros_like(z)) if rests else evaluation.residual
         eta = state.eta if self.forcing is None else self.forcing
         solved = (self.linear_solver or LU()).solve(operator, residual, eta, verify=False)
-        singular = trying & (solved.status >= int(Status.DIVERGED))
-        search = _Search(problem, z, evaluation, state.norm, solved.value, trying & ~singular, waiting)
-        if not self.max_backtracks:
-            stuck = search.moving & ~search.norm.isfinite()
-            search.back(stuck)
-        else:
-            if state.wait is not None:
-                search.plain()
-            stuck = search.halve(self.max_backtracks)
-            if state.wait is not None:
-                search.plain(at_all_costs=stuck)
-                stuck = torch.zeros_like(stuck)
-            else:
-                search.back(stuck)
-        failure = torch.where(singular, int(Status.SINGULAR), torch.where(stuck, int(Status.STALLED), -1))
-        return Step(search.z, search.found, self._after(search, state, waiting), failure)
+        singular = None if solved.solved else trying & (solved.status >= int(Status.DIVERGED))
+        moving = trying if singular is None else trying & ~singular
+        search = _Search(problem, z, evaluation, state.norm, solved.value, moving, waiting, rests)
+        stuck = search.run(self.max_backtracks, plain=state.wait is not None)
+        failure = None
+        if stuck is not None or singular is not None:
+            failure = torch.full_like(solved.status, -1)
+            if stuck is not None:
+                failure = torch.where(stuck, int(Status.STALLED), failure)
+            if singular is not None:
+                failure = torch.where(singular, int(Status.SINGULAR), failure)
+        return Step(search.z, search.found, self._after(search, state, waiting), failure, look=True)
 
     def _after(self, search: "_Search", state: _Progress, waiting: Tensor) -> _Progress:
         """The state after a step in which some samples took Newton's, and `waiting` ones the plain one."""
@@ -150,16 +147,46 @@ class _Search:
         direction: Tensor,
         moving: Tensor,
         waiting: Tensor,
+        rests: bool,
     ) -> None:
         self._problem = problem
         self._start, self._evaluation, self._merit, self._direction = start, evaluation, merit, direction
         self.moving = moving
         self.refused = torch.zeros_like(moving)
         self._length = torch.ones_like(merit)
-        target = hold(moving, start + direction, start)
-        if bool(waiting.any()):
+        # A sample that does not move has the direction zero.
+        target = start + direction
+        if rests:
             target = hold(waiting, start + evaluation.residual, target)
         self._go(target)
+
+    def run(self, halvings: int, plain: bool) -> Tensor | None:
+        """Search; returns the samples that found no point and are back at the start, or None if all did.
+
+        Args:
+            halvings: of the Newton step, at most; 0 takes the full step unless fn is not finite there.
+            plain: whether the plain step may replace Newton's.
+        """
+        if not halvings:
+            stuck = self.moving & ~self.norm.isfinite()
+        else:
+            stuck = self._worse()
+            if plain and bool(stuck.any()):
+                self._plain(stuck)
+                stuck = self._worse()
+            for _ in range(halvings):
+                if not bool(stuck.any()):
+                    return None
+                self._halve(stuck)
+                stuck = self._worse()
+        if not bool(stuck.any()):
+            return None
+        if plain:
+            # A fixed point is never stuck: the plain step, uphill or not.
+            self._plain(stuck, at_all_costs=True)
+            return None
+        self._back(stuck)
+        return stuck
 
     def _go(self, z: Tensor) -> None:
         self.z = z
@@ -170,33 +197,22 @@ class _Search:
         good = self.norm <= (1 - _ARMIJO * self._length) * self._merit
         return self.moving & ~good & ~self.refused
 
-    def plain(self, at_all_costs: Tensor | None = None) -> None:
-        """The plain step for the samples whose step was no good; kept where it is, or for those in `at_all_costs`."""
-        worse = self._worse() if at_all_costs is None else at_all_costs
-        if not bool(worse.any()):
-            return
-        self._go(hold(worse, self._start + self._evaluation.residual, self.z))
-        self.refused = self.refused | (worse if at_all_costs is not None else worse & (self.norm < self._merit))
+    def _plain(self, samples: Tensor, at_all_costs: bool = False) -> None:
+        """The plain step for some samples; refuses their Newton step where that is an improvement, or at all costs."""
+        self._go(hold(samples, self._start + self._evaluation.residual, self.z))
+        self.refused = self.refused | (samples if at_all_costs else samples & (self.norm < self._merit))
 
-    def halve(self, times: int) -> Tensor:
-        """Halve the steps of the samples that are still no good; returns those for which nothing helped."""
-        for _ in range(times):
-            worse = self._worse()
-            if not bool(worse.any()):
-                return worse
-            self._length = torch.where(worse, 0.5 * self._length, self._length)
-            self._go(hold(worse, torch.addcmul(self._start, self._length[:, None], self._direction), self.z))
-        return self._worse()
+    def _halve(self, samples: Tensor) -> None:
+        """Half the step for some samples."""
+        self._length = torch.where(samples, 0.5 * self._length, self._length)
+        self._go(hold(samples, torch.addcmul(self._start, self._length[:, None], self._direction), self.z))
 
-    def back(self, samples: Tensor) -> None:
-        """Put samples back to where they were."""
-        if bool(samples.any()):
-            old, new = self._evaluation, self.found
-            self.z = hold(samples, self._start, self.z)
-            self.norm = torch.where(samples, self._merit, self.norm)
-            self.found = Evaluation(
-                hold(samples, old.value, new.value), residual=hold(samples, old.residual, new.residual)
-            )
+    def _back(self, samples: Tensor) -> None:
+        """Some samples back to where they were."""
+        old, new = self._evaluation, self.found
+        self.z = hold(samples, self._start, self.z)
+        self.norm = torch.where(samples, self._merit, self.norm)
+        self.found = Evaluation(hold(samples, old.value, new.value), residual=hold(samples, old.residual, new.residual))
 
 
 def _forcing(norm: Tensor, state: _Progress) -> Tensor:
