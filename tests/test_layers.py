@@ -128,12 +128,8 @@ def test_cell_of_the_tanh_layer_is_what_it_says() -> None:
     torch.testing.assert_close(layer.cell(z, x[0]), torch.tanh(z @ layer.linear.weight.T + x[0]), atol=1e-15, rtol=0)
 
 
-_ROWS = "batch_dims is 1 whatever the input: rows are coupled, and the dense Jacobian has the wrong shape"
-
-
 @EVERY_SOLVER
 @pytest.mark.parametrize("shape", [(4,), (2, 3, 4), (2, 1, 3, 4)])
-@pytest.mark.xfail(strict=True, reason=_ROWS)
 def test_every_row_of_the_tanh_layer_is_a_problem_of_its_own(shape: tuple[int, ...], solver: ti.solvers.Solver) -> None:
     layer, x = ti.nn.TanhEquilibrium(4, solver=solver, dtype=torch.float64), inputs(*shape)
     x.requires_grad_()
@@ -358,7 +354,6 @@ def test_inference_mode_gives_the_same_value(name: str, made: str) -> None:
 
 
 @pytest.mark.parametrize("linear_solver", [None, ti.GMRES()], ids=["LU", "GMRES"])
-@pytest.mark.xfail(strict=True, reason="Newton records fn outside inference mode, where its inputs cannot be saved")
 def test_newton_by_autograd_runs_on_tensors_made_in_inference_mode(linear_solver: Any) -> None:
     solver = ti.Newton(linear_solver=linear_solver)
     with torch.inference_mode():
@@ -522,14 +517,7 @@ def test_layer_works_in_its_dtype(dtype: torch.dtype, tolerance: float, solver: 
 
 @pytest.mark.parametrize(
     "solver",
-    [
-        ti.Picard(rtol=1e-2),
-        pytest.param(
-            ti.Anderson(rtol=1e-2),
-            marks=pytest.mark.xfail(strict=True, reason="linalg.solve: float32 Gram matrix, bfloat16 projection"),
-        ),
-        ti.Newton(rtol=1e-2),
-    ],
+    [ti.Picard(rtol=1e-2), ti.Anderson(rtol=1e-2), ti.Newton(rtol=1e-2)],
     ids=lambda s: type(s).__name__,
 )
 def test_layer_works_under_autocast(solver: ti.solvers.Solver) -> None:
@@ -544,7 +532,6 @@ def test_layer_works_under_autocast(solver: ti.solvers.Solver) -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
 
 
-@pytest.mark.xfail(strict=True, reason="a bare state keeps ε of float32 under autocast: a tolerance out of reach")
 def test_default_tolerance_under_autocast_is_what_bfloat16_can_reach() -> None:
     weight = 0.4 * torch.linalg.qr(torch.randn(20, 20))[0]
     x = torch.randn(16, 20)
@@ -560,7 +547,6 @@ def test_default_tolerance_under_autocast_is_what_bfloat16_can_reach() -> None:
 
 
 @pytest.mark.parametrize("solver", [ti.Anderson(), ti.Newton()], ids=lambda s: type(s).__name__)
-@pytest.mark.xfail(strict=True, reason="z is rounded for fn but not for the residual: ‖fn(round z) − z‖ is reported")
 def test_residual_is_that_of_the_returned_value_in_half_precision(solver: ti.solvers.Solver) -> None:
     p = torch.ones(4, dtype=torch.bfloat16)
     solution = ti.fixed_point(lambda z: 0.5 * z.cos() + p, torch.zeros(4, dtype=torch.bfloat16), solver=solver)

@@ -1,5 +1,6 @@
 """`Layout`: any pytree of tensors to one real matrix `(B, n)` and back, differentiably."""
 
+import dataclasses
 from math import prod
 from typing import Any
 
@@ -46,13 +47,6 @@ def states(draw: st.DrawFn) -> tuple[Any, int]:
     return draw(tree), len(batch)
 
 
-_ODD_OFFSET = pytest.mark.xfail(
-    strict=True,
-    reason="unpack: a complex leaf behind an odd number of columns starts at an odd offset: contiguous() does not copy",
-)
-
-
-@_ODD_OFFSET
 @settings(max_examples=50)
 @given(states())
 @example(((torch.ones(1), torch.full((1,), 2 + 3j)), 0))
@@ -212,12 +206,14 @@ def test_output_of_less_precision_than_the_state_leaves_the_state_its_dtype(
     solver: ti.solvers.Solver, dtype: torch.dtype
 ) -> None:
     state = torch.float32 if dtype == torch.float16 else torch.float64
+    # In float16 a residual of 4 ε ‖fn(z)‖ = 0.008 is the least that is asked for: an error of twice that.
+    rtol, atol = (1e-3, 2e-2) if dtype == torch.float16 else (None, 5e-3)
+    solver = dataclasses.replace(solver, rtol=rtol)
     sol = ti.fixed_point(lambda z: (0.5 * z + 1).to(dtype), torch.zeros(4, dtype=state), solver=solver)
     assert sol.value.dtype == state
-    torch.testing.assert_close(sol.value, torch.full((4,), 2.0, dtype=state), atol=5e-3, rtol=0)
+    torch.testing.assert_close(sol.value, torch.full((4,), 2.0, dtype=state), atol=atol, rtol=0)
 
 
-@pytest.mark.xfail(strict=True, reason="a real output for a complex state passes the check, then fails in reshape")
 def test_real_output_for_a_complex_state_is_taken_as_complex_or_refused_by_name() -> None:
     try:
         sol = ti.fixed_point(lambda z: 0.5 * z.abs() + 1, torch.zeros(3, dtype=torch.complex128))
@@ -230,18 +226,7 @@ def test_real_output_for_a_complex_state_is_taken_as_complex_or_refused_by_name(
 @pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: type(s).__name__)
 @pytest.mark.parametrize(
     "shape, batch_dims",
-    [
-        ((), 0),
-        ((1,), 1),
-        ((2, 3), 2),
-        ((0, 3), 1),
-        pytest.param(
-            (0,), 0, marks=pytest.mark.xfail(strict=True, reason="no unknowns: AutogradJacobian.dense, IndexError")
-        ),
-        pytest.param(
-            (3, 0), 1, marks=pytest.mark.xfail(strict=True, reason="no unknowns: AutogradJacobian.dense, IndexError")
-        ),
-    ],
+    [((), 0), ((1,), 1), ((2, 3), 2), ((0, 3), 1), ((0,), 0), ((3, 0), 1)],
 )
 def test_state_of_any_shape_is_solved_and_differentiated(
     solver: ti.solvers.Solver, shape: tuple[int, ...], batch_dims: int

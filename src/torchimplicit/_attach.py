@@ -20,7 +20,7 @@ from ._adjoint import Implicit
 from ._isolate import evaluate_without, shield
 from ._problem import Problem
 from ._report import OnFailure, report_failures
-from ._solution import AdjointReport, Status
+from ._solution import AdjointReport
 from .linear import AutogradJacobian, ResidualJacobian
 
 

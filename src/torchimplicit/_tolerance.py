@@ -56,7 +56,7 @@ class Tolerance:
         return limit if peak is None else torch.minimum(limit, self._fallen(peak))
 
     def credible(self, problem: Problem, z: Tensor, peak: Tensor) -> Tensor | None:
-        """Whether the rounding of a fixed point is small beside the fall of the residual on the way to it, `(B,)`; None for a root.
+        """Whether a fixed point's rounding is small beside the fall of its residual, `(B,)`; None for a root.
 
         Far enough out `z + c` rounds to z, and the residual of a map without a fixed point to zero.
         """

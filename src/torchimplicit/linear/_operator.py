@@ -13,8 +13,8 @@ class JacobianOperator(Protocol):
 
     A function or cell may supply its own in closed form: give it a method `linearize(z, value, *args)` that returns
     an object with `mv(p)` and `rmv(u)` on tensors shaped like z, and `dense()` of shape `(B, n, n)`. `value` is
-    `fn(z, *args)`, already known. An optional `select(samples)` gives the operator of some samples alone, by their indices,
-    so that an iteration can go on with those that need it. `torchimplicit.nn.TanhEquilibrium` does so.
+    `fn(z, *args)`, already known. An optional `select(samples)` gives the operator of some samples alone, by their
+    indices, so that an iteration can go on with those that need it. `torchimplicit.nn.TanhEquilibrium` does so.
     """
 
     def mv(self, p: Tensor) -> Tensor:

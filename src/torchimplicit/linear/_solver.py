@@ -76,7 +76,7 @@ class LinearSolver(Options, ABC):
             return LinearSolution(torch.zeros_like(b), status, b.new_zeros(b.shape[0]), status.clone(), True)
         size = torch.linalg.vector_norm(b, ord=torch.inf, dim=1)
         least, largest = torch.stack(torch.aminmax(size)).tolist()
-        if 1 / _SAFE < least and largest < _SAFE:
+        if least > 1 / _SAFE and largest < _SAFE:
             return self._solve(operator, b, rtol, verify)
         if math.isfinite(largest):
             # A power of two, so that the scaling rounds nothing.

@@ -119,7 +119,7 @@ class TanhEquilibrium(FixedPoint):
         (x,) = inputs
         if x.ndim < 1 or x.shape[-1] != self.linear.in_features:
             raise ValueError(
-                f"TanhEquilibrium: the input must have shape (..., {self.linear.in_features}), but has {tuple(x.shape)}; "
+                f"TanhEquilibrium: the input must be (..., {self.linear.in_features}), but it is {tuple(x.shape)}; "
                 "give features= the size of its last dim."
             )
         return x.ndim - 1
