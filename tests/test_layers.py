@@ -594,3 +594,15 @@ def test_max_steps_of_the_layer_is_kept() -> None:
     solution = layer.solve(inputs())
     assert solution.steps.tolist() == [2] * 4
     assert solution.status.tolist() == [ti.Status.MAX_STEPS] * 4
+
+
+@pytest.mark.parametrize("rows", [1, 6])
+def test_input_that_is_broadcast_to_the_samples_is_not_split_with_them(rows: int) -> None:
+    """Six samples from six starts; x is shared by all of them, as (1, 6) or as (6,), which has the batch's length."""
+    cell = ti.nn.TanhEquilibrium(6, dtype=torch.float64).cell
+    x = torch.randn(6, dtype=torch.float64)
+    z0 = 10.0 ** torch.arange(-6, 0, dtype=torch.float64)[:, None] * torch.ones(6, 6, dtype=torch.float64)
+    sol = ti.fixed_point(cell, z0, x if rows == 6 else x[None], batch_dims=1, solver=ti.Picard(rtol=1e-12))
+    assert sol.converged.all()
+    torch.testing.assert_close(sol.value, sol.value[:1].expand(6, 6), rtol=0.0, atol=1e-10)
+    torch.testing.assert_close(torch.tanh(cell.linear(sol.value) + x), sol.value, rtol=0.0, atol=1e-10)

@@ -61,6 +61,7 @@ class Problem:
         self.layout = layout
         self._counted = [0]
         self._last: Tensor | None = None
+        self._version = 0
         device = layout.device.type
         self._autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         if torch.is_inference_mode_enabled():
@@ -101,10 +102,10 @@ class Problem:
             leaves = layout.check_output(out, self.kind)
             self.epsilon = max(torch.finfo(leaf.dtype).eps for leaf in leaves)
             value = layout.pack(leaves)
-        # The value before is still alive, so the same memory means that fn has written over it.
-        if self._last is not None and value.data_ptr() == self._last.data_ptr() != 0 and value is not argument:
-            raise ValueError(f"{self.kind}: fn returns the same buffer at every call; return a new tensor each time.")
-        self._last = value.detach()
+        if self._last is not None and self._last._version != self._version:
+            raise ValueError(f"{self.kind}: fn writes into what it returned before; return a new tensor each time.")
+        self._last = None if value.is_inference() else value.detach() if value.requires_grad else value
+        self._version = 0 if self._last is None else self._last._version
         return value
 
     def evaluate(self, z: Tensor) -> Evaluation:
@@ -131,6 +132,10 @@ class Problem:
         sample in its first dim, and no row depends on another. Calls of the part count as calls of the whole.
         """
         if not getattr(self.fn, "samplewise", False) or len(self.layout.batch_shape) != 1:
+            return None
+        # An input that is broadcast to the samples is not indexed by them.
+        shape = self.layout.shapes[0]
+        if any(isinstance(a, Tensor) and (a.ndim != len(shape) or a.shape[0] != shape[0]) for a in self.args):
             return None
         args = tuple(a.index_select(0, samples) if isinstance(a, Tensor) else a for a in self.args)
         part = Problem(self.kind, self.fn, args, self.layout.select(samples.numel()))
