@@ -159,7 +159,7 @@ def _solve(
     z = outcome.z
     if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
         with problem.exact():
-            z = attach(problem, z, outcome.status, outcome.finite, leaves, adjoint, report, on_failure, call_site())
+            z = attach(problem, outcome, leaves, adjoint, report, on_failure, call_site())
     converged = outcome.status == int(Status.CONVERGED)
     solution = Solution(
         value=layout.unpack(z),
@@ -171,7 +171,7 @@ def _solve(
         trace=None if outcome.trace is None else layout.per_sample(outcome.trace),
         adjoint=report,
     )
-    if not bool(converged.all()):
+    if not outcome.clean and not bool(converged.all()):
         report_failures(kind, outcome.status, on_failure, solution)
     return solution
 

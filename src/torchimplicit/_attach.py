@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from ._adjoint import Implicit
 from ._isolate import evaluate_without, shield
+from ._iterate import Outcome
 from ._problem import Problem
 from ._report import OnFailure, report_failures
 from ._solution import AdjointReport
@@ -112,9 +113,7 @@ class _Inert(torch.autograd.Function):
 
 def attach(
     problem: Problem,
-    z: Tensor,
-    status: Tensor,
-    finite: Tensor,
+    outcome: Outcome,
     z0: list[Tensor],
     adjoint: Implicit,
     report: AdjointReport,
@@ -125,17 +124,16 @@ def attach(
 
     Args:
         problem: the equation.
-        z: the solution without a graph, `(B, n)`.
-        status: how each sample ended, `(B,)`.
-        finite: whether fn is finite at z, `(B,)`.
+        outcome: the solution without a graph, and how each sample ended.
         z0: leaves of the start: their gradient is exactly zero, which costs nothing.
         adjoint: how to solve the adjoint system.
         report: filled by the backward pass.
         on_failure: what becomes of failures of the adjoint solve.
         site: the user's line, for warnings.
     """
+    z, status, finite = outcome.z, outcome.status, outcome.finite
     dead = adjoint.without_gradient(status)
-    any_dead = bool(dead.any())
+    any_dead = not outcome.clean and bool(dead.any())
     starts = [t for t in z0 if t.requires_grad]
     with torch.enable_grad():
         inputs: list[Tensor] = []

@@ -32,6 +32,7 @@ class Outcome:
         steps: updates applied.
         trace: residual norms after each step, `(steps, B)`, or None.
         finite: whether fn's value at `z` is finite.
+        clean: whether every sample converged, known to the host.
     """
 
     z: Tensor
@@ -40,6 +41,7 @@ class Outcome:
     steps: Tensor
     trace: Tensor | None
     finite: Tensor
+    clean: bool
 
 
 def iterate(problem: Problem, solver: Solver, z: Tensor, max_steps: int, keep_trace: bool) -> Outcome:
@@ -87,7 +89,7 @@ class _Books:
     """
 
     def __init__(self, tolerance: Tolerance, z: Tensor, evaluation: Evaluation) -> None:
-        norm = tolerance.norm(evaluation.residual)
+        norm = tolerance.first
         self._tolerance = tolerance
         self._step = 0
         self._norm = self._first = self._peak = norm
@@ -207,10 +209,13 @@ class _Books:
             self._settle(self._z, self._norm, unfinished)
         z, residual, status = self._settled_z, self._settled, self._status
         peak = self._settled_peak
+        clean = not self._failures
         credible = self._tolerance.credible(problem, z, peak) if self._step else None
         if credible is not None and not bool(credible.all()):
             doubtful = (status == int(Status.CONVERGED)) & (self._ended > 0) & ~credible
             status = torch.where(doubtful, int(Status.DIVERGED), status)
+            clean = False
+        finite = residual.isfinite()
         if self._failures:
             spent = (status == int(Status.MAX_STEPS)) | (status == int(Status.STALLED))
             if bool(spent.any()):
@@ -219,10 +224,10 @@ class _Books:
                 status = torch.where(reached, int(Status.CONVERGED), status)
             # Nothing non-finite leaves the library, not even a start that was not finite.
             z = torch.where(z.isfinite(), z, 0.0)
-        finite = residual.isfinite()
+            residual = torch.where(finite, residual, torch.inf)
         trace = None
         if history is not None:
             rows = torch.stack(history) if history else residual.new_zeros(0, residual.numel())
             after = torch.arange(1, len(rows) + 1, device=rows.device)[:, None] > self._ended
             trace = torch.where(after, residual, rows)
-        return Outcome(z, torch.where(finite, residual, torch.inf), status, self._ended, trace, finite)
+        return Outcome(z, residual, status, self._ended, trace, finite, clean)

@@ -62,6 +62,9 @@ class Problem:
         self._counted = [0]
         self._last: Tensor | None = None
         self._version = 0
+        # The state's own shape is (B, n) already: nothing to pack or unpack.
+        self._shape = layout.shapes[0]
+        self._same = layout.bare and self._shape == layout.matrix_shape
         device = layout.device.type
         self._autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         if torch.is_inference_mode_enabled():
@@ -87,7 +90,7 @@ class Problem:
         """
         self._counted[0] += 1
         layout = self.layout
-        argument = layout.unpack(z)
+        argument = z if self._same else layout.unpack(z)
         version = None if z.is_inference() else z._version
         if self._autocast is None:
             out = self.fn(argument, *self.args)
@@ -96,8 +99,8 @@ class Problem:
                 out = self.fn(argument, *self.args)
         if version is not None and z._version != version:
             raise ValueError(f"{self.kind}: fn changes its argument z in place; use out-of-place operations on z.")
-        if layout.bare and type(out) is Tensor and out.shape == layout.shapes[0] and out.dtype == layout.dtype:
-            value = out if out.shape == layout.matrix_shape else out.reshape(layout.matrix_shape)
+        if self._same and type(out) is Tensor and out.shape == self._shape and out.dtype == layout.dtype:
+            value = out
         else:
             leaves = layout.check_output(out, self.kind)
             self.epsilon = max(torch.finfo(leaf.dtype).eps for leaf in leaves)
@@ -111,7 +114,9 @@ class Problem:
     def evaluate(self, z: Tensor) -> Evaluation:
         """Value and residual at a state `(B, n)`."""
         value = self.output(z)
-        return Evaluation(value, self.layout.rounded(z) if self.kind == "fixed_point" else None)
+        if self.kind == "root":
+            return Evaluation(value)
+        return Evaluation(value, z if self._same else self.layout.rounded(z))
 
     def scale(self, evaluation: Evaluation, norm: Callable[[Tensor], Tensor]) -> Tensor | None:
         """The scale of the relative tolerance at a state, `(B,)`: `‖fn(z)‖` for a fixed point; None for a root.

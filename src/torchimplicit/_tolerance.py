@@ -18,6 +18,7 @@ class Tolerance:
 
     Attributes:
         norm: the solver's norm, `(B, n) -> (B,)`.
+        first: the initial residual's norm, `(B,)`.
     """
 
     def __init__(self, problem: Problem, solver: Solver, start: Evaluation) -> None:
@@ -25,16 +26,15 @@ class Tolerance:
         self._problem = problem
         epsilon = problem.epsilon
         self._rtol = epsilon ** (2 / 3) if solver.rtol is None else solver.rtol
-        first = self.norm(start.residual)
+        first = self.first = self.norm(start.residual)
         # Without an absolute tolerance of the user's a residual reduced by 1/ε counts as zero: it has no units.
         self._atol = solver.atol if solver.atol is not None else epsilon * _finite(first)
-        self._first = first
         self._least = solver.atol or 0.0
 
     def select(self, samples: Tensor, problem: Problem) -> None:
         """Go on with some samples alone, by their indices."""
         self._problem = problem
-        self._first = self._first.index_select(0, samples)
+        self.first = self.first.index_select(0, samples)
         if isinstance(self._atol, Tensor):
             self._atol = self._atol.index_select(0, samples)
 
@@ -50,7 +50,7 @@ class Tolerance:
         rtol = max(self._rtol, _REACH * self._problem.epsilon)
         scale = self._problem.scale(evaluation, self.norm)
         if scale is None:
-            return self._atol + rtol * _finite(self._first)
+            return self._atol + rtol * _finite(self.first)
         limit = self._atol + rtol * scale
         # A residual that has not fallen is no evidence, however far z has run: z ← z + c passes any relative test.
         return limit if peak is None else torch.minimum(limit, self._fallen(peak))
