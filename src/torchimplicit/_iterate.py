@@ -57,11 +57,13 @@ def iterate(problem: Problem, solver: Solver, z: Tensor, max_steps: int, keep_tr
     books = _Books(tolerance, z, evaluation)
     state = solver.init(problem, z, evaluation)
     history: list[Tensor] = []
-    for step in range(1, max_steps + 1):
-        if not books.left:
-            break
-        taken = solver.step(problem, z, evaluation, state, books.active)
+    step = 0
+    while books.left and step < max_steps:
+        # As many steps at once as nobody looks at.
+        count = 1 if keep_trace else min(solver.check_every - step % solver.check_every, max_steps - step)
+        taken = solver.steps(problem, z, evaluation, state, books.active, count)
         z, evaluation, state = taken.z, taken.evaluation, taken.state
+        step += taken.count
         check = step % solver.check_every == 0 or step == max_steps or taken.failure is not None or taken.look
         if check or keep_trace:
             norm = tolerance.norm(evaluation.residual)

@@ -113,7 +113,10 @@ class Problem:
 
     def evaluate(self, z: Tensor) -> Evaluation:
         """Value and residual at a state `(B, n)`."""
-        value = self.output(z)
+        return self.evaluation(z, self.output(z))
+
+    def evaluation(self, z: Tensor, value: Tensor) -> Evaluation:
+        """The evaluation at a state where fn's value is known."""
         if self.kind == "root":
             return Evaluation(value)
         return Evaluation(value, z if self._same else self.layout.rounded(z))

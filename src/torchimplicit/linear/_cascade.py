@@ -41,7 +41,7 @@ class Cascade(LinearSolver):
     def _solve(self, operator: LinearOperator, b: Tensor, rtol: float | Tensor, verify: bool) -> LinearSolution:
         """Solve `A x = b`, `b` `(B, n)`, until `‖b − A x‖ ≤ rtol·‖b‖` in each sample."""
         if b.shape[1] <= self.small:
-            return LU().solve(operator, b, rtol)
+            return LU().solve(operator, b, rtol, verify)
         found = self.neumann._solve(operator, b, rtol, verify)
         if found.solved:
             return found

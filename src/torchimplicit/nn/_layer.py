@@ -101,6 +101,10 @@ class FixedPoint(_Implicit):
     >>> layer(torch.randn(4, 8)).shape
     torch.Size([4, 8])
 
+    A cell may help: a method `linearize` supplies its Jacobian in closed form (see `linear.JacobianOperator`), and an
+    attribute `samplewise = True` says that its tensor inputs are indexed by sample in their first dim as z is, so that
+    samples which are done can leave the batch.
+
     Args:
         cell: maps `(z, *inputs)` to the next z: an `nn.Module`, whose parameters are the layer's, or a function.
         solver: None is `Anderson()`.

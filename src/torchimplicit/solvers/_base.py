@@ -24,6 +24,7 @@ class Step(Generic[State]):
         state: the solver's own state.
         failure: `(B,)`, a failure `Status` per sample or −1; None when no sample failed.
         look: whether to look at the residuals now, whatever `check_every` says: the next step is dear.
+        count: steps taken.
     """
 
     z: Tensor
@@ -31,6 +32,7 @@ class Step(Generic[State]):
     state: State
     failure: Tensor | None = None
     look: bool = False
+    count: int = 1
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,12 @@ class Solver(Options, ABC, Generic[State]):
             state: of the step before.
             active: `(B,)` bool, samples still running; None if all are.
         """
+
+    def steps(
+        self, problem: Problem, z: Tensor, evaluation: Evaluation, state: State, active: Tensor | None, count: int
+    ) -> Step[State]:
+        """Up to `count` steps, between which nobody looks; a solver that gains nothing by that takes one."""
+        return self.step(problem, z, evaluation, state, active)
 
     def select(self, state: State, samples: Tensor) -> State:
         """The state of some samples alone, by their indices: every tensor in it has the batch first."""

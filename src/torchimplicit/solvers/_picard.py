@@ -39,8 +39,16 @@ class Picard(Solver[None]):
         self, problem: Problem, z: Tensor, evaluation: Evaluation, state: None, active: Tensor | None
     ) -> Step[None]:
         """One application of fn, to all samples: leaving some out would cost more than it saves."""
-        if self.damping == 1.0 and problem.kind == "fixed_point":
-            z = evaluation.value
-        else:
-            z = torch.add(z, evaluation.residual, alpha=self.damping)
+        z = torch.add(z, evaluation.residual, alpha=self.damping)
         return Step(z, problem.evaluate(z), None)
+
+    def steps(
+        self, problem: Problem, z: Tensor, evaluation: Evaluation, state: None, active: Tensor | None, count: int
+    ) -> Step[None]:
+        """Undamped, a step is a call of fn and nothing else."""
+        if self.damping != 1.0 or problem.kind != "fixed_point":
+            return self.step(problem, z, evaluation, state, active)
+        value = evaluation.value
+        for _ in range(count):
+            z, value = value, problem.output(value)
+        return Step(z, problem.evaluation(z, value), None, count=count)
