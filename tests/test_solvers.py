@@ -265,3 +265,27 @@ def test_half_precision_states_are_solved_in_float32_algebra(solver: ti.solvers.
     assert sol.value.dtype == dtype and sol.converged.all() and sol.residual.dtype == torch.float32
     sol.value.sum().backward()
     assert weight.grad is not None and weight.grad.isfinite().all() and weight.grad.dtype == dtype
+
+
+@pytest.mark.parametrize("every", [1, 3, 16])
+def test_warmup_of_newton_is_plain_iteration_whoever_looks(every: int) -> None:
+    p = TanhProblem.make(batch=5, n=6, contraction=0.9)
+    solver = ti.Newton(warmup=7, check_every=every, rtol=1e-12)
+    sol = ti.fixed_point(p.map, p.start, solver=solver, batch_dims=1, trace=True)
+    plain = ti.fixed_point(
+        p.map,
+        p.start,
+        solver=ti.Picard(rtol=0.0, atol=1e-30),
+        batch_dims=1,
+        max_steps=7,
+        trace=True,
+        on_failure="ignore",
+    )
+    assert sol.trace is not None
+    assert plain.trace is not None
+    assert sol.converged.all()
+    torch.testing.assert_close(sol.trace[:7], plain.trace)
+    assert int(sol.steps.max()) <= 12
+    untraced = ti.fixed_point(p.map, p.start, solver=solver, batch_dims=1)
+    assert torch.equal(untraced.value, sol.value)
+    assert torch.equal(untraced.steps, sol.steps)

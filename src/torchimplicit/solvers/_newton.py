@@ -27,6 +27,7 @@ class _Progress:
         wait: plain steps to take before the next Newton step; None where there can be none.
         pause: length of the next wait.
         nobody: zeros.
+        warmup: plain steps that every sample takes first.
     """
 
     norm: Tensor
@@ -34,6 +35,7 @@ class _Progress:
     wait: Tensor | None
     pause: Tensor
     nobody: Tensor
+    warmup: int
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Newton(Solver[_Progress]):
         linear_solver: None is `LU()`.
         max_backtracks: halvings tried; 0 takes full steps always (plain Newton, which may wander uphill).
         forcing: relative tolerance of the linear solves in (0, 1); None is Eisenstat–Walker. LU ignores it.
-        warmup: plain steps of a fixed point before the first Newton step; a sample leaves them when its residual rises.
+        warmup: plain steps of a fixed point before the first Newton step, for maps that contract.
     """
 
     linear_solver: LinearSolver | None = None
@@ -81,7 +83,21 @@ class Newton(Solver[_Progress]):
         norm = two(evaluation.residual)
         nobody = torch.zeros_like(norm, dtype=torch.long)
         plain = problem.kind == "fixed_point" and self.max_backtracks > 0
-        return _Progress(norm, torch.full_like(norm, 0.1), nobody + self.warmup if plain else None, nobody + 1, nobody)
+        eta = torch.full_like(norm, 0.1)
+        return _Progress(norm, eta, nobody if plain else None, nobody + 1, nobody, self.warmup if plain else 0)
+
+    def steps(
+        self, problem: Problem, z: Tensor, evaluation: Evaluation, state: _Progress, active: Tensor | None, count: int
+    ) -> Step[_Progress]:
+        """The plain steps of the warm-up, as many at once as nobody looks at, or one step."""
+        if not state.warmup:
+            return self.step(problem, z, evaluation, state, active)
+        count = min(count, state.warmup)
+        value = evaluation.value
+        for _ in range(count):
+            z, value = value, problem.output(value)
+        found = problem.evaluation(z, value)
+        return Step(z, found, replace(state, norm=two(found.residual), warmup=state.warmup - count), count=count)
 
     def step(
         self, problem: Problem, z: Tensor, evaluation: Evaluation, state: _Progress, active: Tensor | None
@@ -124,7 +140,7 @@ class Newton(Solver[_Progress]):
             # A Newton step that was good makes the next wait short again.
             short = torch.where(waiting, pause, state.nobody + 1)
             pause = torch.where(search.refused, (2 * pause).clamp_max(_LONGEST_WAIT), short)
-        return _Progress(search.norm, eta, wait, pause, state.nobody)
+        return _Progress(search.norm, eta, wait, pause, state.nobody, 0)
 
 
 class _Search:
