@@ -75,7 +75,8 @@ class LinearSolver(Options, ABC):
             status = torch.zeros(b.shape[0], dtype=torch.long, device=b.device)
             return LinearSolution(torch.zeros_like(b), status, b.new_zeros(b.shape[0]), status.clone(), True)
         size = torch.linalg.vector_norm(b, ord=torch.inf, dim=1)
-        least, largest = torch.stack(torch.aminmax(size)).tolist()
+        # A right-hand side of zero, such as a resting sample's, needs no scaling.
+        least, largest = torch.stack(torch.aminmax(size.masked_fill(size == 0, 1.0))).tolist()
         if least > 1 / _SAFE and largest < _SAFE:
             return self._solve(operator, b, rtol, verify)
         if math.isfinite(largest):

@@ -55,7 +55,8 @@ class Newton(Solver[_Progress]):
     Args:
         linear_solver: None is `LU()`.
         max_backtracks: halvings tried; 0 takes full steps always (plain Newton, which may wander uphill).
-        forcing: relative tolerance of the linear solves in (0, 1); None is Eisenstat–Walker. LU ignores it.
+        forcing: relative tolerance of the linear solves in (0, 1); None is Eisenstat–Walker. Looser near the solution,
+            where less will do. LU ignores it.
         warmup: plain steps of a fixed point before the first Newton step, for maps that contract.
     """
 
@@ -115,7 +116,7 @@ class Newton(Solver[_Progress]):
         # The right-hand side of all others is zero, which costs the linear solver nothing.
         rests = active is not None or bool(waiting.any())
         residual = hold(trying, evaluation.residual, torch.zeros_like(z)) if rests else evaluation.residual
-        eta = state.eta if self.forcing is None else self.forcing
+        eta = self._tolerance(evaluation, state)
         solved = (self.linear_solver or LU()).solve(operator, residual, eta, verify=False)
         singular = None if solved.solved else trying & (solved.status >= int(Status.DIVERGED))
         moving = trying if singular is None else trying & ~singular
@@ -129,6 +130,15 @@ class Newton(Solver[_Progress]):
             if singular is not None:
                 failure = torch.where(singular, int(Status.SINGULAR), failure)
         return Step(search.z, search.found, self._after(search, state, waiting), failure, look=True)
+
+    def _tolerance(self, evaluation: Evaluation, state: _Progress) -> Tensor:
+        """Of the linear solves, `(B,)`: the forcing term, but no more than convergence asks (Kelley 1995, 6.20)."""
+        forcing = state.eta if self.forcing is None else torch.full_like(state.norm, self.forcing)
+        if self.atol is None or self.norm not in ("two", "rms"):
+            return forcing
+        goal = self.atol * (evaluation.value.shape[1] ** 0.5 if self.norm == "rms" else 1.0)
+        enough = (0.5 * goal) / state.norm.clamp_min(goal)
+        return torch.maximum(forcing, enough)
 
     def _after(self, search: "_Search", state: _Progress, waiting: Tensor) -> _Progress:
         """The state after a step in which some samples took Newton's, and `waiting` ones the plain one."""
