@@ -606,3 +606,17 @@ def test_input_that_is_broadcast_to_the_samples_is_not_split_with_them(rows: int
     assert sol.converged.all()
     torch.testing.assert_close(sol.value, sol.value[:1].expand(6, 6), rtol=0.0, atol=1e-10)
     torch.testing.assert_close(torch.tanh(cell.linear(sol.value) + x), sol.value, rtol=0.0, atol=1e-10)
+
+
+def test_hook_that_changes_the_cells_value_changes_the_gradient_with_it() -> None:
+    layer = ti.nn.TanhEquilibrium(4, dtype=torch.float64, solver=ti.Newton(rtol=1e-12), adjoint=ti.Implicit(rtol=1e-12))
+    handle = layer.cell.register_forward_hook(lambda module, args, value: 0.5 * value)
+    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    value = layer(x)
+    truth = torch.zeros_like(x)
+    for _ in range(200):
+        truth = layer.cell(truth, x)
+    handle.remove()
+    (ours,) = torch.autograd.grad(value.square().sum(), x)
+    (unrolled,) = torch.autograd.grad(truth.square().sum(), x)
+    torch.testing.assert_close(ours, unrolled, rtol=1e-9, atol=1e-9)

@@ -49,7 +49,7 @@ def iterate(problem: Problem, solver: Solver, z: Tensor, max_steps: int, keep_tr
 
     Between two checks (every `solver.check_every` steps) nothing is read back from the device. What a sample returns is
     settled at the check that finds it converged or failed, whatever the solver does with its row afterwards. Where fn
-    can be split, the iteration goes on without the settled samples once they are the majority.
+    can be split, the iteration goes on without the settled samples once they are a third.
     """
     whole = problem
     evaluation = problem.evaluate(z)

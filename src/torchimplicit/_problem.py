@@ -130,8 +130,12 @@ class Problem:
 
     @property
     def has_closed_form(self) -> bool:
-        """Whether fn supplies its Jacobian itself (see `JacobianOperator`); one tensor as state only."""
-        return self.layout.simple and hasattr(self.fn, "linearize")
+        """Whether fn supplies its Jacobian itself (see `JacobianOperator`); one tensor as state only.
+
+        Not of a module with forward hooks: they may change its value, of which the closed form knows nothing.
+        """
+        hooked = getattr(self.fn, "_forward_hooks", None) or getattr(self.fn, "_forward_pre_hooks", None)
+        return self.layout.simple and hasattr(self.fn, "linearize") and not hooked
 
     def select(self, samples: Tensor) -> "Problem | None":
         """The problem of some samples alone, by their indices, or None if fn does not say that it can be split.
