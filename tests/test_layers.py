@@ -620,3 +620,42 @@ def test_hook_that_changes_the_cells_value_changes_the_gradient_with_it() -> Non
     (ours,) = torch.autograd.grad(value.square().sum(), x)
     (unrolled,) = torch.autograd.grad(truth.square().sum(), x)
     torch.testing.assert_close(ours, unrolled, rtol=1e-9, atol=1e-9)
+
+
+class _Halved(ti.nn.TanhEquilibrium(1).cell.__class__):
+    """A cell whose `forward` was overridden and whose closed forms were not."""
+
+    def forward(self, z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return 0.5 * super().forward(z, x)
+
+
+@pytest.mark.parametrize("solver", [ti.Picard(rtol=1e-12, check_every=4), ti.Newton(rtol=1e-12, warmup=4)], ids=repr)
+def test_overridden_forward_is_not_solved_by_the_old_closed_form(solver: ti.Picard | ti.Newton) -> None:
+    torch.manual_seed(0)
+    cell = _Halved(4, dtype=torch.float64)
+    layer = ti.nn.FixedPoint(cell, solver=solver, adjoint=ti.Implicit(rtol=1e-12))
+    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    truth = torch.zeros_like(x)
+    for _ in range(200):
+        truth = cell(truth, x)
+    value = layer(x)
+    torch.testing.assert_close(value, truth, rtol=1e-10, atol=1e-10)
+    (ours,) = torch.autograd.grad(value.square().sum(), x)
+    (unrolled,) = torch.autograd.grad(truth.square().sum(), x)
+    torch.testing.assert_close(ours, unrolled, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (2, 3, 4), (4,)])
+def test_repeated_cell_is_the_cell_again_and_again(shape: tuple[int, ...]) -> None:
+    cell = ti.nn.TanhEquilibrium(4, dtype=torch.float64).cell
+    z, x = torch.randn(shape, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
+    start = z.clone()
+    with torch.no_grad():
+        states = [z]
+        for _ in range(5):
+            states.append(cell(states[-1], x))
+        for times in (1, 2, 5):
+            before, last = cell.repeat(z, times, x)
+            torch.testing.assert_close(before, states[times - 1], rtol=0, atol=1e-15)
+            torch.testing.assert_close(last, states[times], rtol=0, atol=1e-15)
+    assert torch.equal(z, start)

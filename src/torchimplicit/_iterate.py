@@ -96,8 +96,7 @@ class _Books:
         self._step = 0
         self._norm = self._first = self._peak = norm
         self._z = self._best_z = z
-        finite = norm.isfinite()
-        self._best = norm if bool(finite.all()) else torch.where(norm.isnan(), torch.inf, norm)
+        self._best = norm
         self._reference, self._looked = self._best, 0
         self._samples: Tensor | None = None
         self._settled_z, self._settled, self._settled_peak = torch.empty_like(z), norm.clone(), norm.clone()
@@ -106,10 +105,11 @@ class _Books:
         self._failures = False
         self.active: Tensor | None = None
         self.left = norm.numel()
-        within = norm <= tolerance.limit(evaluation)
-        if bool((within | ~finite).any()):
-            status = torch.where(within, int(Status.CONVERGED), _RUNNING)
-            self._settle(z, norm, torch.where(finite, status, int(Status.NONFINITE)))
+        limit = tolerance.limit(evaluation)
+        if not bool(((norm > limit) & (norm < torch.inf)).all()):
+            self._best = self._reference = torch.where(norm.isnan(), torch.inf, norm)
+            status = torch.where(norm <= limit, int(Status.CONVERGED), _RUNNING)
+            self._settle(z, norm, torch.where(norm.isfinite(), status, int(Status.NONFINITE)))
 
     def worth_keeping(self) -> Tensor | None:
         """Indices of the rows that run, once a third of those at hand are settled; else None."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ._layout import Layout
-from .linear import AutogradJacobian, JacobianOperator, ResidualJacobian, SuppliedJacobian
+from .linear import AutogradJacobian, ResidualJacobian, SuppliedJacobian
 
 Kind = Literal["fixed_point", "root"]
 
@@ -71,6 +71,9 @@ class Problem:
             with torch.inference_mode(False):
                 self.args = pytree.tree_map(_usable, args)
         self.epsilon = torch.finfo(layout.dtype).eps
+        # Whether fn was seen to return the state's own dtype and shape, and may repeat itself unseen.
+        self._plain = False
+        self._repeats = self._same and self._autocast is None and hasattr(fn, "repeat") and self.has_closed_form
 
     def exact(self) -> AbstractContextManager[Any]:
         """The context for the solvers' own algebra: no autocast."""
@@ -101,6 +104,7 @@ class Problem:
             raise ValueError(f"{self.kind}: fn changes its argument z in place; use out-of-place operations on z.")
         if self._same and type(out) is Tensor and out.shape == self._shape and out.dtype == layout.dtype:
             value = out
+            self._plain = True
         else:
             leaves = layout.check_output(out, self.kind)
             self.epsilon = max(torch.finfo(leaf.dtype).eps for leaf in leaves)
@@ -121,6 +125,20 @@ class Problem:
             return Evaluation(value)
         return Evaluation(value, z if self._same else self.layout.rounded(z))
 
+    def repeat(self, value: Tensor, times: int) -> tuple[Tensor, Tensor]:
+        """fn applied `times` in succession, from a state `(B, n)`: the last state and fn's value there.
+
+        A cell that supplies its Jacobian may also have a method `repeat(z, times, *args)`, which does the same without
+        a look at what happens in between; it is used where nothing of that could matter.
+        """
+        if self._repeats and self._plain:
+            self._counted[0] += times
+            return self.fn.repeat(value, times, *self.args)
+        z = value
+        for _ in range(times):
+            z, value = value, self.output(value)
+        return z, value
+
     def scale(self, evaluation: Evaluation, norm: Callable[[Tensor], Tensor]) -> Tensor | None:
         """The scale of the relative tolerance at a state, `(B,)`: `‖fn(z)‖` for a fixed point; None for a root.
 
@@ -132,10 +150,13 @@ class Problem:
     def has_closed_form(self) -> bool:
         """Whether fn supplies its Jacobian itself (see `JacobianOperator`); one tensor as state only.
 
-        Not of a module with forward hooks: they may change its value, of which the closed form knows nothing.
+        Not of a module with forward hooks, nor of one whose `forward` is newer than its `linearize`, overridden in a
+        subclass or on the instance: the closed form would know nothing of what they change.
         """
+        if not self.layout.simple or not hasattr(self.fn, "linearize"):
+            return False
         hooked = getattr(self.fn, "_forward_hooks", None) or getattr(self.fn, "_forward_pre_hooks", None)
-        return self.layout.simple and hasattr(self.fn, "linearize") and not hooked
+        return not hooked and _age(self.fn, "linearize") <= _age(self.fn, "forward")
 
     def select(self, samples: Tensor) -> "Problem | None":
         """The problem of some samples alone, by their indices, or None if fn does not say that it can be split.
@@ -151,13 +172,12 @@ class Problem:
             return None
         args = tuple(a.index_select(0, samples) if isinstance(a, Tensor) else a for a in self.args)
         part = Problem(self.kind, self.fn, args, self.layout.select(samples.numel()))
-        part.epsilon = self.epsilon
+        part.epsilon, part._plain = self.epsilon, self._plain
         part._counted, part._autocast = self._counted, self._autocast
         return part
 
     def linearize(self, z: Tensor, value: Tensor) -> ResidualJacobian:
         """`A = −∂r/∂z` at a state, from the closed form where fn supplies one, else by automatic differentiation."""
-        jacobian: JacobianOperator
         if self.has_closed_form:
             shape = self.layout.shapes[0]
             self._counted[0] += 1
@@ -170,6 +190,14 @@ class Problem:
     def count(self, products: int) -> None:
         """Add Jacobian products to the evaluations."""
         self._counted[0] += products
+
+
+def _age(fn: Any, method: str) -> int:
+    """How far up among the classes of fn a method is defined; −1 on the instance itself."""
+    if method in getattr(fn, "__dict__", ()):
+        return -1
+    order = type(fn).__mro__
+    return next((i for i, c in enumerate(order) if method in vars(c)), len(order))
 
 
 def _usable(value: Any) -> Any:

@@ -9,19 +9,17 @@ from .._norms import two
 from .._solution import Status
 from ._solver import LinearOperator, LinearSolution, LinearSolver
 
-_CHECK_EVERY = 6
-_CROWD = 2
-"""Samples that are done leave once no more than one row in so many is left."""
+_CHECK_EVERY = 12
 
 
 @dataclass(frozen=True)
 class Neumann(LinearSolver):
     """`x = Σₖ (I − A)ᵏ b` (Richardson's iteration with unit step), which converges where `ρ(I − A) < 1`.
 
-    A step is one product, one addition and, every sixth time, one norm; GMRES needs fewer steps, but each costs
-    several times as much beside the product. A sample whose residual does not fall by `slowest` per step, measured over
-    `patience` looks at it, is given up as MAX_STEPS with what it has. Where the operator can be split, samples that are
-    done leave the batch.
+    A step is one product and one addition; every twelfth time the norms are looked at, and samples that are done leave
+    the batch. `GMRES` needs fewer steps, but each costs several times as much beside the product. A sample whose
+    residual does not fall by `slowest` per step, measured over `patience` looks at it, is given up as MAX_STEPS with
+    what it has.
 
     Args:
         max_steps: products at most.
@@ -31,7 +29,7 @@ class Neumann(LinearSolver):
 
     max_steps: int = 500
     slowest: float = 0.99
-    patience: int = 2
+    patience: int = 1
 
     def __post_init__(self) -> None:
         """Validate."""
@@ -43,48 +41,30 @@ class Neumann(LinearSolver):
         """Solve `A x = b`, `b` `(B, n)`, until `‖b − A x‖ ≤ rtol·‖b‖` in each sample."""
         size = two(b)
         target = rtol * size
-        active = size > target
-        left = int(active.sum())
-        found = _Rows(torch.zeros_like(b), size.clone(), torch.zeros_like(size, dtype=torch.long))
-        rows, samples = found, None
-        rest, residual, reference, goal = operator, b, size, target
-        zero = b.new_zeros(())
+        rows = _Rows(operator, torch.zeros_like(b), b, size, target, size)
+        found = _Found(rows.value, size, torch.zeros_like(size, dtype=torch.long))
+        # NaN counts as above the target, here and below.
+        above = (size <= target).logical_not_()
         taken = 0
-        while left and taken < self.max_steps:
-            # One addition in place a step; norms are looked at every few steps, always the same ones.
-            for _ in range(min(_CHECK_EVERY, self.max_steps - taken)):
-                rows.value += residual
-                residual = rest.richardson(residual)
-                taken += 1
-            norm = two(residual)
-            # NaN counts as above the goal. A row that has ended has no residual left, and its value stays.
-            above = (norm <= goal).logical_not_()
-            if taken % (_CHECK_EVERY * self.patience) == 0:
-                above &= norm <= self.slowest ** (_CHECK_EVERY * self.patience) * reference
-                reference = norm
+        while True:
+            left = above.nonzero()[:, 0]
+            if left.numel() < above.numel():
+                found.put(rows, taken)
+                if not left.numel():
+                    break
+                rows = rows.select(left)
+            # Norms are looked at every few steps, always the same ones.
+            terms = min(_CHECK_EVERY, self.max_steps - taken)
+            total, rows.residual = rows.operator.neumann(rows.residual, terms)
+            rows.value = rows.value + total
+            rows.norm = two(rows.residual)
+            taken += terms
+            above = (rows.norm <= rows.target).logical_not_()
             if taken >= self.max_steps:
-                above = torch.zeros_like(above)
-            going = int(above.sum())
-            if going < left:
-                ended = active & ~above
-                rows.norm = torch.where(ended, norm, rows.norm)
-                rows.steps.masked_fill_(ended, taken)
-                active, left = above, going
-                chosen = above.nonzero()[:, 0] if 0 < _CROWD * going <= norm.numel() else None
-                smaller = None if chosen is None else rest.select(chosen)
-                if chosen is None or smaller is None:
-                    residual = torch.where(above[:, None], residual, zero)
-                else:
-                    # Few are left: go on with them alone.
-                    rest = smaller
-                    if samples is not None:
-                        found.put(samples, rows)
-                    samples = chosen if samples is None else samples.index_select(0, chosen)
-                    rows = rows.select(chosen)
-                    residual, active = residual.index_select(0, chosen), torch.ones_like(chosen, dtype=torch.bool)
-                    reference, goal = reference.index_select(0, chosen), goal.index_select(0, chosen)
-        if samples is not None:
-            found.put(samples, rows)
+                above.zero_()
+            elif taken % (_CHECK_EVERY * self.patience) == 0:
+                above &= rows.norm <= self.slowest ** (_CHECK_EVERY * self.patience) * rows.reference
+                rows.reference = rows.norm
         if verify and taken:
             found.norm = two(b - operator.mv(found.value))
         return _report(found, size, target)
@@ -92,24 +72,53 @@ class Neumann(LinearSolver):
 
 @dataclass
 class _Rows:
-    """Solution, residual norm and steps of some samples; every tensor has them first."""
+    """The samples that the iteration goes on with.
+
+    Attributes:
+        operator: `A` of each.
+        value: what has been summed, `(rows, n)`.
+        residual: what is left, `(rows, n)`.
+        norm: of the residual, `(rows,)`.
+        target: what the norm is to come down to, `(rows,)`.
+        reference: the norm when its fall was last looked at, `(rows,)`.
+        samples: which samples they are, by their indices; None for all.
+    """
+
+    operator: LinearOperator
+    value: Tensor
+    residual: Tensor
+    norm: Tensor
+    target: Tensor
+    reference: Tensor
+    samples: Tensor | None = None
+
+    def select(self, left: Tensor) -> "_Rows":
+        """Some of the rows, by their indices."""
+        parts = (t.index_select(0, left) for t in (self.value, self.residual, self.norm, self.target, self.reference))
+        samples = left if self.samples is None else self.samples.index_select(0, left)
+        return _Rows(self.operator.select(left), *parts, samples=samples)
+
+
+@dataclass
+class _Found:
+    """What is known of every sample: its solution `(B, n)`, its residual's norm and its steps `(B,)`."""
 
     value: Tensor
     norm: Tensor
     steps: Tensor
 
-    def select(self, chosen: Tensor) -> "_Rows":
-        """Some of the rows, by their indices."""
-        return _Rows(*(t.index_select(0, chosen) for t in (self.value, self.norm, self.steps)))
+    def put(self, rows: _Rows, taken: int) -> None:
+        """Take over what some rows have come to; those that go on will be put again."""
+        if rows.samples is None:
+            self.value, self.norm = rows.value, rows.norm
+            self.steps.fill_(taken)
+        else:
+            self.value.index_copy_(0, rows.samples, rows.value)
+            self.norm.index_copy_(0, rows.samples, rows.norm)
+            self.steps.index_fill_(0, rows.samples, taken)
 
-    def put(self, samples: Tensor, rows: "_Rows") -> None:
-        """Write rows back to the samples they are."""
-        self.value.index_copy_(0, samples, rows.value)
-        self.norm.index_copy_(0, samples, rows.norm)
-        self.steps.index_copy_(0, samples, rows.steps)
 
-
-def _report(found: _Rows, size: Tensor, target: Tensor) -> LinearSolution:
+def _report(found: _Found, size: Tensor, target: Tensor) -> LinearSolution:
     within = found.norm <= target
     solved = bool(within.all())
     relative = found.norm / size.clamp_min(torch.finfo(size.dtype).tiny)

@@ -13,8 +13,10 @@ class JacobianOperator(Protocol):
 
     A function or cell may supply its own in closed form: give it a method `linearize(z, value, *args)` that returns
     an object with `mv(p)` and `rmv(u)` on tensors shaped like z, and `dense()` of shape `(B, n, n)`. `value` is
-    `fn(z, *args)`, already known. An optional `select(samples)` gives the operator of some samples alone, by their
-    indices, so that an iteration can go on with those that need it. `torchimplicit.nn.TanhEquilibrium` does so.
+    `fn(z, *args)`, already known. Two methods are optional. `select(samples)` gives the operator of some samples alone,
+    by their indices, so that an iteration can go on with those that need it. `neumann(p, terms, transposed)` gives
+    `Σₖ Jᵏ p` over `k < terms` and `J^terms p`, `Jᵀ` for `J` if transposed, where that is cheaper together than product
+    by product. `torchimplicit.nn.TanhEquilibrium` has both.
     """
 
     def mv(self, p: Tensor) -> Tensor:
@@ -79,6 +81,10 @@ class AutogradJacobian:
         (product,) = torch.autograd.grad(self.output, self.state, u, retain_graph=True, materialize_grads=True)
         return product
 
+    def select(self, samples: Tensor) -> "PartialJacobian":
+        """`J` of some samples alone, by their indices."""
+        return PartialJacobian(self, self.state.shape[0], samples)
+
     def dense(self) -> Tensor:
         """`J`, `(B, n, n)`."""
         batch, n = self.state.shape
@@ -126,10 +132,20 @@ class SuppliedJacobian:
             return self.operator.rmv(u)
         return self.operator.rmv(u.reshape(self.shape)).reshape(self.matrix_shape)
 
-    def select(self, samples: Tensor) -> "SuppliedJacobian | None":
-        """`J` of some samples alone, by their indices, where the supplied operator has a `select` too."""
-        if not hasattr(self.operator, "select") or len(self.shape) != 2:
+    def neumann(self, p: Tensor, terms: int, transposed: bool) -> tuple[Tensor, Tensor] | None:
+        """`Σₖ Jᵏ p` over `k < terms` and `J^terms p`, where the supplied operator has a `neumann` too."""
+        if not hasattr(self.operator, "neumann"):
             return None
+        self.count(terms)
+        if self.shape == self.matrix_shape:
+            return self.operator.neumann(p, terms, transposed)
+        total, rest = self.operator.neumann(p.reshape(self.shape), terms, transposed)
+        return total.reshape(self.matrix_shape), rest.reshape(self.matrix_shape)
+
+    def select(self, samples: Tensor) -> "SuppliedJacobian | PartialJacobian":
+        """`J` of some samples alone, by their indices."""
+        if not hasattr(self.operator, "select") or len(self.shape) != 2:
+            return PartialJacobian(self, self.matrix_shape[0], samples)
         count, n = samples.numel(), self.shape[1]
         return replace(
             self, operator=self.operator.select(samples), shape=torch.Size((count, n)), matrix_shape=(count, n)
@@ -143,10 +159,38 @@ class SuppliedJacobian:
 
 
 @dataclass(frozen=True)
+class PartialJacobian:
+    """`J` of some samples, by their indices, where only products with the whole batch are to be had."""
+
+    whole: AutogradJacobian | SuppliedJacobian
+    batch: int
+    samples: Tensor
+
+    def mv(self, p: Tensor) -> Tensor:
+        """`J p`."""
+        return self.whole.mv(self._spread(p)).index_select(0, self.samples)
+
+    def rmv(self, u: Tensor) -> Tensor:
+        """`Jᵀ u`."""
+        return self.whole.rmv(self._spread(u)).index_select(0, self.samples)
+
+    def dense(self) -> Tensor:
+        """`J`, `(rows, n, n)`."""
+        return self.whole.dense().index_select(0, self.samples)
+
+    def select(self, samples: Tensor) -> "PartialJacobian":
+        """`J` of some of the rows alone."""
+        return replace(self, samples=self.samples.index_select(0, samples))
+
+    def _spread(self, p: Tensor) -> Tensor:
+        return p.new_zeros(self.batch, p.shape[1]).index_copy_(0, self.samples, p)
+
+
+@dataclass(frozen=True)
 class ResidualJacobian:
     """`A = −∂r/∂z`, or its transpose: `I − J` for a fixed point (`shifted`), `J` for a root."""
 
-    jacobian: JacobianOperator
+    jacobian: AutogradJacobian | SuppliedJacobian | PartialJacobian
     shifted: bool
     transposed: bool = False
 
@@ -160,10 +204,17 @@ class ResidualJacobian:
         product = self._product(p)
         return p - product if self.shifted else product
 
-    def richardson(self, p: Tensor) -> Tensor:
-        """`p − A p`."""
-        product = self._product(p)
-        return product if self.shifted else p - product
+    def neumann(self, p: Tensor, terms: int) -> tuple[Tensor, Tensor]:
+        """`Σₖ (I − A)ᵏ p` over `k < terms`, and `(I − A)^terms p`."""
+        if self.shifted and isinstance(self.jacobian, SuppliedJacobian):
+            both = self.jacobian.neumann(p, terms, self.transposed)
+            if both is not None:
+                return both
+        total, rest = p, self._richardson(p)
+        for _ in range(terms - 1):
+            total = total + rest
+            rest = self._richardson(rest)
+        return total, rest
 
     def dense(self) -> Tensor:
         """`A`, `(B, n, n)`."""
@@ -174,12 +225,13 @@ class ResidualJacobian:
             return matrix
         return torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device) - matrix
 
-    def select(self, samples: Tensor) -> "ResidualJacobian | None":
-        """`A` of some samples alone, where the Jacobian can be split."""
-        if not isinstance(self.jacobian, SuppliedJacobian):
-            return None
-        jacobian = self.jacobian.select(samples)
-        return None if jacobian is None else replace(self, jacobian=jacobian)
+    def select(self, samples: Tensor) -> "ResidualJacobian":
+        """`A` of some samples alone, by their indices."""
+        return replace(self, jacobian=self.jacobian.select(samples))
+
+    def _richardson(self, p: Tensor) -> Tensor:
+        product = self._product(p)
+        return product if self.shifted else p - product
 
     def _product(self, p: Tensor) -> Tensor:
         return self.jacobian.rmv(p) if self.transposed else self.jacobian.mv(p)

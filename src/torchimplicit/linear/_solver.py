@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .._norms import two
 from .._options import Options
 from .._solution import Status
 
@@ -19,16 +20,16 @@ class LinearOperator(Protocol):
         """`A p`, `(B, n)` to `(B, n)`."""
         ...
 
-    def richardson(self, p: Tensor) -> Tensor:
-        """`p − A p`, `(B, n)` to `(B, n)`: what a plain step leaves of a residual."""
+    def neumann(self, p: Tensor, terms: int) -> tuple[Tensor, Tensor]:
+        """`Σₖ (I − A)ᵏ p` over `k < terms`, and `(I − A)^terms p`, what is left of `p` then; `terms ≥ 1`."""
         ...
 
     def dense(self) -> Tensor:
         """`A`, `(B, n, n)`."""
         ...
 
-    def select(self, samples: Tensor) -> "LinearOperator | None":
-        """The operator of some samples alone, by their indices, or None if that is not to be had."""
+    def select(self, samples: Tensor) -> "LinearOperator":
+        """The operator of some samples alone, by their indices."""
         ...
 
 
@@ -74,6 +75,9 @@ class LinearSolver(Options, ABC):
         if b.numel() == 0:
             status = torch.zeros(b.shape[0], dtype=torch.long, device=b.device)
             return LinearSolution(torch.zeros_like(b), status, b.new_zeros(b.shape[0]), status.clone(), True)
+        least, largest = torch.stack(torch.aminmax(two(b))).tolist()
+        if least > 1 / _SAFE and largest < _SAFE:
+            return self._solve(operator, b, rtol, verify)
         size = torch.linalg.vector_norm(b, ord=torch.inf, dim=1)
         # A right-hand side of zero, such as a resting sample's, needs no scaling.
         least, largest = torch.stack(torch.aminmax(size.masked_fill(size == 0, 1.0))).tolist()

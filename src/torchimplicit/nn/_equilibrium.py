@@ -34,6 +34,22 @@ class _TanhJacobian:
         scaled = self.slope * u
         return torch.mm(scaled, self.weight) if u.ndim == 2 else torch.matmul(scaled, self.weight)
 
+    def neumann(self, p: Tensor, terms: int, transposed: bool) -> tuple[Tensor, Tensor]:
+        """`uₜ = Σₖ Jᵏ p` over `k < terms`, and `J^terms p = uₜ₊₁ − uₜ`, by `uₖ₊₁ = p + J uₖ`; `Jᵀ` if transposed."""
+        if not transposed:
+            weight, u = self.weight.t(), p
+            for _ in range(terms - 1):
+                u = torch.addcmul(p, self.slope, torch.matmul(u, weight))
+            return u, torch.addcmul(p, self.slope, torch.matmul(u, weight)).sub_(u)
+        # With y = D u one operation less: yₖ₊₁ = D p + D Wᵀ yₖ, uₖ₊₁ = p + Wᵀ yₖ.
+        u, first = p, self.slope * p
+        if terms > 1:
+            y = first
+            for _ in range(terms - 2):
+                y = torch.addcmul(first, self.slope, torch.matmul(y, self.weight))
+            u = torch.matmul(y, self.weight).add_(p)
+        return u, torch.matmul(self.slope * u, self.weight).add_(p).sub_(u)
+
     def select(self, samples: Tensor) -> "_TanhJacobian":
         """The Jacobian of some samples, by their indices."""
         return _TanhJacobian(self.slope.index_select(0, samples), self.weight)
@@ -68,6 +84,15 @@ class TanhCell(nn.Module):
         fused = z.ndim == 2 and z.shape == x.shape and not torch.is_autocast_enabled(z.device.type)
         preactivation = torch.addmm(x, z, weight.t()) if fused else functional.linear(z, weight) + x
         return torch.tanh(preactivation) if torch.is_grad_enabled() else preactivation.tanh_()
+
+    def repeat(self, z: Tensor, times: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The cell applied `times` in succession, without a graph: the last two values, z itself the first of all."""
+        weight, last = self.linear.weight.t(), z
+        for _ in range(times):
+            z = last
+            last = torch.addmm(x, z, weight) if z.ndim == 2 else torch.matmul(z, weight).add_(x)
+            last.tanh_()
+        return z, last
 
     def linearize(self, z: Tensor, value: Tensor, x: Tensor) -> _TanhJacobian:
         """The Jacobian at z, where `value = tanh(W z + x)`: `1 − value²` is the slope."""

@@ -94,9 +94,7 @@ class Newton(Solver[_Progress]):
         if not state.warmup:
             return self.step(problem, z, evaluation, state, active)
         count = min(count, state.warmup)
-        value = evaluation.value
-        for _ in range(count):
-            z, value = value, problem.output(value)
+        z, value = problem.repeat(evaluation.value, count)
         found = problem.evaluation(z, value)
         return Step(z, found, replace(state, norm=two(found.residual), warmup=state.warmup - count), count=count)
 

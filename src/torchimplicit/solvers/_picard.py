@@ -48,7 +48,5 @@ class Picard(Solver[None]):
         """Undamped, a step is a call of fn and nothing else."""
         if self.damping != 1.0 or problem.kind != "fixed_point":
             return self.step(problem, z, evaluation, state, active)
-        value = evaluation.value
-        for _ in range(count):
-            z, value = value, problem.output(value)
+        z, value = problem.repeat(evaluation.value, count)
         return Step(z, problem.evaluation(z, value), None, count=count)
