@@ -10,14 +10,13 @@ from torch.utils import _pytree as pytree
 
 from ._adjoint import Implicit
 from ._attach import attach
-from ._iterate import iterate
 from ._layout import Layout
 from ._options import refuse_unknown
 from ._problem import Kind, Problem
 from ._report import OnFailure, call_site, check_on_failure, report_failures
 from ._solution import AdjointReport, PyTree, Solution, Status
-from .solvers import Anderson, Newton, Solver
-from .solvers._base import AnySolver
+from ._stages import solve
+from .solvers import Anderson, Method, Newton
 
 _OPTIONS = ("solver", "adjoint", "batch_dims", "max_steps", "on_failure", "trace")
 
@@ -26,7 +25,7 @@ def fixed_point(
     fn: Callable[..., PyTree],
     z0: PyTree,
     *args: Any,
-    solver: AnySolver | None = None,
+    solver: Method | None = None,
     adjoint: Implicit | None = None,
     batch_dims: int = 0,
     max_steps: int | None = None,
@@ -87,7 +86,7 @@ def root(
     fn: Callable[..., PyTree],
     z0: PyTree,
     *args: Any,
-    solver: AnySolver | None = None,
+    solver: Method | None = None,
     adjoint: Implicit | None = None,
     batch_dims: int = 0,
     max_steps: int | None = None,
@@ -136,7 +135,7 @@ def _solve(
     fn: Callable[..., PyTree],
     z0: PyTree,
     args: tuple[Any, ...],
-    solver: AnySolver,
+    solver: Method,
     adjoint: Implicit | None,
     batch_dims: int,
     max_steps: int | None,
@@ -152,8 +151,7 @@ def _solve(
     with torch.no_grad(), problem.exact():
         start = layout.pack([leaf.detach() for leaf in leaves]).clone()  # nothing may write into the caller's z0
         _refuse_dual_value(problem, start)
-        steps = solver.max_steps if max_steps is None else max_steps
-        outcome = iterate(problem, solver, start, steps, trace)
+        outcome = solve(problem, solver, start, max_steps, trace)
     evaluations = problem.evaluations
     report = AdjointReport()
     z = outcome.z
@@ -179,7 +177,7 @@ def _solve(
 def _check_call(fn: Any, solver: Any, adjoint: Any, max_steps: Any, on_failure: Any) -> None:
     if not callable(fn):
         raise TypeError(f"fn must be callable, but is {type(fn).__name__}; give a function or an nn.Module.")
-    if not isinstance(solver, Solver):
+    if not isinstance(solver, Method):
         raise TypeError(
             f"solver={solver!r} is no solver; give torchimplicit.Picard(), Anderson() or Newton(), an instance."
         )

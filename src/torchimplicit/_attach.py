@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ._adjoint import Implicit
+from ._books import Outcome
 from ._isolate import evaluate_without, shield
-from ._iterate import Outcome
 from ._problem import Problem
 from ._report import OnFailure, report_failures
 from ._solution import AdjointReport

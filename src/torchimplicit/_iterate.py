@@ -1,60 +1,45 @@
 """The one loop: every solver runs in it, and convergence and failure are decided in it, sample by sample."""
 
-from dataclasses import dataclass
-
-import torch
 from torch import Tensor
 
-from ._problem import Evaluation, Problem
-from ._solution import Status
+from ._books import Books, Outcome
+from ._problem import Problem
 from ._tolerance import Tolerance
-from .solvers import Solver
-
-_RUNNING = -1
-_DIVERGENCE = 1e8
-"""Growth of the residual over the initial one that counts as divergence."""
-_GROWN = 10.0
-"""Growth over the best residual that tells a sample on its way out from one that hovers."""
-_CROWD = 1.5
-"""Settled samples leave once no more than one row in so many runs."""
-_LEAST_PROGRESS = 1e-5
-"""Relative fall of the best residual, over a solver's patience, without which a sample has stalled."""
+from .solvers import Stage
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What the loop found: everything but `z` and `trace` is `(B,)`.
-
-    Attributes:
-        z: `(B, n)`; always finite: the converged iterate, else the best one.
-        residual: norm of the residual at `z`, infinity where it is not finite.
-        status: members of `Status`.
-        steps: updates applied.
-        trace: residual norms after each step, `(steps, B)`, or None.
-        finite: whether fn's value at `z` is finite.
-        clean: whether every sample converged, known to the host.
-    """
-
-    z: Tensor
-    residual: Tensor
-    status: Tensor
-    steps: Tensor
-    trace: Tensor | None
-    finite: Tensor
-    clean: bool
-
-
-def iterate(problem: Problem, solver: Solver, z: Tensor, max_steps: int, keep_trace: bool) -> Outcome:
-    """Run `solver` on `problem` from `z`, `(B, n)`, for at most `max_steps` steps.
+def iterate(
+    problem: Problem,
+    stage: Stage,
+    z: Tensor,
+    max_steps: int,
+    keep_trace: bool,
+    tolerance: Tolerance | None = None,
+    only: Tensor | None = None,
+) -> Outcome:
+    """Run a stage's solver on `problem` from `z`, `(B, n)`, for at most `max_steps` steps.
 
     Between two checks (every `solver.check_every` steps) nothing is read back from the device. What a sample returns is
     settled at the check that finds it converged or failed, whatever the solver does with its row afterwards. Where fn
-    can be split, the iteration goes on without the settled samples once they are a third.
+    can be split, the iteration goes on without the settled samples once they are many.
+
+    Args:
+        problem: the equation.
+        stage: the solver, and when it gives up.
+        z: the start.
+        max_steps: at most.
+        keep_trace: look at the residuals after every step, and keep them.
+        tolerance: of the solve that this stage is a part of; None makes one.
+        only: `(B,)` bool, the samples to solve; None for all. Of the others the outcome says nothing.
     """
-    whole = problem
+    whole, solver = problem, stage.solver
     evaluation = problem.evaluate(z)
-    tolerance = Tolerance(problem, solver, evaluation)
-    books = _Books(tolerance, z, evaluation)
+    if tolerance is None:
+        tolerance = Tolerance(problem, solver, evaluation)
+        norm = tolerance.first
+    else:
+        norm = tolerance.norm(evaluation.residual)
+    books = Books(tolerance, stage, z, evaluation, norm, only)
     state = solver.init(problem, z, evaluation)
     history: list[Tensor] = []
     step = 0
@@ -70,166 +55,11 @@ def iterate(problem: Problem, solver: Solver, z: Tensor, max_steps: int, keep_tr
             if keep_trace:
                 history.append(books.spread(norm))
             if check:
-                books.enter(step, z, evaluation, norm, taken.failure, solver.patience)
-                rows = books.worth_keeping()
-                part = None if rows is None else problem.select(rows)
+                books.enter(step, z, evaluation, norm, taken.failure)
+                rows = books.worth_keeping(problem.crowd)
+                part = None if rows is None else problem.select(rows, z, evaluation, books.first)
                 if rows is not None and part is not None:
                     problem, state = part, solver.select(state, rows)
                     z, evaluation = z.index_select(0, rows), evaluation.select(rows)
                     books.select(rows, part)
     return books.close(whole, history if keep_trace else None)
-
-
-class _Books:
-    """Per-sample bookkeeping: who runs, the best finite iterate, and what each sample returns.
-
-    Fields of the loop have the rows at hand first, what is settled the whole batch.
-
-    Attributes:
-        active: bool, the rows that run; None while all do.
-        left: how many run.
-    """
-
-    def __init__(self, tolerance: Tolerance, z: Tensor, evaluation: Evaluation) -> None:
-        norm = tolerance.first
-        self._tolerance = tolerance
-        self._step = 0
-        self._norm = self._first = self._peak = norm
-        self._z = self._best_z = z
-        self._best = norm
-        self._reference, self._looked = self._best, 0
-        self._samples: Tensor | None = None
-        self._settled_z, self._settled, self._settled_peak = torch.empty_like(z), norm.clone(), norm.clone()
-        self._ended = torch.zeros_like(norm, dtype=torch.long)
-        self._status = torch.full_like(self._ended, _RUNNING)
-        self._failures = False
-        self.active: Tensor | None = None
-        self.left = norm.numel()
-        limit = tolerance.limit(evaluation)
-        if not bool(((norm > limit) & (norm < torch.inf)).all()):
-            self._best = self._reference = torch.where(norm.isnan(), torch.inf, norm)
-            status = torch.where(norm <= limit, int(Status.CONVERGED), _RUNNING)
-            self._settle(z, norm, torch.where(norm.isfinite(), status, int(Status.NONFINITE)))
-
-    def worth_keeping(self) -> Tensor | None:
-        """Indices of the rows that run, once a third of those at hand are settled; else None."""
-        if self.active is None or not 0 < _CROWD * self.left <= self._norm.numel():
-            return None
-        return self.active.nonzero()[:, 0]
-
-    def select(self, rows: Tensor, problem: Problem) -> None:
-        """Go on with some rows alone, by their indices: the ones that run."""
-        self._samples = rows if self._samples is None else self._samples.index_select(0, rows)
-        self._tolerance.select(rows, problem)
-        same = {"_best_z": self._best_z is self._z, "_best": self._best is self._norm}
-        for name in ("_norm", "_first", "_peak", "_z", "_best_z", "_best", "_reference"):
-            if not same.get(name):
-                setattr(self, name, getattr(self, name).index_select(0, rows))
-        if same["_best_z"]:
-            self._best_z = self._z
-        if same["_best"]:
-            self._best = self._norm
-        self.active = None
-
-    def spread(self, norm: Tensor) -> Tensor:
-        """Norms of the rows at hand as norms of all samples."""
-        return norm if self._samples is None else self._settled.index_copy(0, self._samples, norm)
-
-    def enter(
-        self, step: int, z: Tensor, evaluation: Evaluation, norm: Tensor, failure: Tensor | None, patience: int
-    ) -> None:
-        """Take note of the iterate after `step`."""
-        self._step, self._z = step, z
-        within = norm <= self._tolerance.limit(evaluation, self._peak)
-        better = norm <= self._best
-        look = step - self._looked >= patience
-        quiet = better if self.active is None else better | ~self.active
-        if failure is None and not look and bool(quiet.all()):
-            # The usual case, no residual rose: the new iterate is the best one, nothing to sort out.
-            self._best_z, self._best = z, norm
-            finished = within if self.active is None else within & self.active
-            rows = finished.nonzero()[:, 0]
-            if rows.numel():
-                self._end(rows, z, norm, int(Status.CONVERGED))
-        else:
-            failed = self._sort_out(z, norm, better, failure)
-            if look:
-                failed = torch.where(failed == _RUNNING, self._look(step, norm), failed)
-            self._settle(z, norm, torch.where(within, int(Status.CONVERGED), failed))
-        self._norm = norm
-
-    def _settle(self, z: Tensor, norm: Tensor, status: Tensor) -> None:
-        """Settle what the rows return that run and whose `status` is no longer `_RUNNING`."""
-        ended = status != _RUNNING
-        if self.active is not None:
-            ended &= self.active
-        rows = ended.nonzero()[:, 0]
-        if rows.numel():
-            converged = status == int(Status.CONVERGED)
-            self._failures = self._failures or not bool(converged[rows].all())
-            value = torch.where(converged[:, None], z, self._best_z)
-            self._end(rows, value, torch.where(converged, norm, self._best), status)
-
-    def _end(self, rows: Tensor, z: Tensor, norm: Tensor, status: Tensor | int) -> None:
-        """Some rows, by their indices, end here with this value, residual norm and status."""
-        samples = rows if self._samples is None else self._samples.index_select(0, rows)
-        self._settled_z.index_copy_(0, samples, z.index_select(0, rows))
-        self._settled.index_copy_(0, samples, norm.index_select(0, rows))
-        self._settled_peak.index_copy_(0, samples, self._peak.index_select(0, rows))
-        self._ended.index_fill_(0, samples, self._step)
-        if isinstance(status, Tensor):
-            self._status.index_copy_(0, samples, status.index_select(0, rows))
-        else:
-            self._status.index_fill_(0, samples, status)
-        if self.active is None:
-            self.active = torch.ones_like(norm, dtype=torch.bool)
-        self.active.index_fill_(0, rows, False)
-        self.left -= rows.numel()
-
-    def _sort_out(self, z: Tensor, norm: Tensor, better: Tensor, failure: Tensor | None) -> Tensor:
-        """Keep the best iterate; returns the failure status of each sample, `_RUNNING` for none."""
-        self._peak = torch.fmax(self._peak, norm)
-        self._best_z = torch.where(better[:, None], z, self._best_z)
-        self._best = torch.where(better, norm, self._best)
-        failed = torch.where(norm > _DIVERGENCE * self._first, int(Status.DIVERGED), _RUNNING)
-        # A sample that was running away overflowed; one that was not met a hole in fn's domain.
-        nonfinite = torch.where(self._norm > _GROWN * self._best, int(Status.DIVERGED), int(Status.NONFINITE))
-        failed = torch.where(norm.isfinite(), failed, nonfinite)
-        return failed if failure is None else torch.where(failure >= 0, failure, failed)
-
-    def _look(self, step: int, norm: Tensor) -> Tensor:
-        """Who has stalled: whose best residual is no better than at the last look, `patience` steps ago."""
-        stuck = ~(self._best < (1 - _LEAST_PROGRESS) * self._reference)
-        self._reference, self._looked = self._best, step
-        kind = torch.where(norm > _GROWN * self._best, int(Status.DIVERGED), int(Status.STALLED))
-        return torch.where(stuck, kind, _RUNNING)
-
-    def close(self, problem: Problem, history: list[Tensor] | None) -> Outcome:
-        """The final word on every sample."""
-        if self.left:
-            unfinished = torch.full_like(self._norm, int(Status.MAX_STEPS), dtype=torch.long)
-            self._settle(self._z, self._norm, unfinished)
-        z, residual, status = self._settled_z, self._settled, self._status
-        peak = self._settled_peak
-        clean = not self._failures
-        credible = self._tolerance.credible(problem, z, peak) if self._step else None
-        if credible is not None and not bool(credible.all()):
-            doubtful = (status == int(Status.CONVERGED)) & (self._ended > 0) & ~credible
-            status = torch.where(doubtful, int(Status.DIVERGED), status)
-            clean = False
-        finite = residual.isfinite()
-        if self._failures:
-            spent = (status == int(Status.MAX_STEPS)) | (status == int(Status.STALLED))
-            if bool(spent.any()):
-                found = problem.evaluate(z)
-                reached = spent & self._tolerance.reached(problem, z, residual, found, peak)
-                status = torch.where(reached, int(Status.CONVERGED), status)
-            # Nothing non-finite leaves the library, not even a start that was not finite.
-            z = torch.where(z.isfinite(), z, 0.0)
-            residual = torch.where(finite, residual, torch.inf)
-        trace = None
-        if history is not None:
-            rows = torch.stack(history) if history else residual.new_zeros(0, residual.numel())
-            after = torch.arange(1, len(rows) + 1, device=rows.device)[:, None] > self._ended
-            trace = torch.where(after, residual, rows)
-        return Outcome(z, residual, status, self._ended, trace, finite, clean)

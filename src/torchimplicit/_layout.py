@@ -75,8 +75,9 @@ class Layout:
         )
 
     def select(self, count: int) -> "Layout":
-        """The same for `count` of the samples; one batch dim only."""
-        shapes = tuple(torch.Size((count, *shape[1:])) for shape in self.shapes)
+        """The same for `count` of the samples, in one batch dim."""
+        dims = len(self.batch_shape)
+        shapes = tuple(torch.Size((count, *shape[dims:])) for shape in self.shapes)
         return replace(self, shapes=shapes, batch_shape=torch.Size((count,)))
 
     def pack(self, leaves: list[Tensor]) -> Tensor:

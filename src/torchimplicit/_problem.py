@@ -1,7 +1,9 @@
 """The equation to solve, in residual form, on matrices `(B, n)`; counts the calls of the user's function."""
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -12,6 +14,9 @@ from ._layout import Layout
 from .linear import AutogradJacobian, ResidualJacobian, SuppliedJacobian
 
 Kind = Literal["fixed_point", "root"]
+_TRUSTED, _TRIED = 1.5, 2.0
+_ROUNDING = 64.0
+"""Rounding units by which values of the same sample may differ between batches of different size."""
 
 
 class Evaluation:
@@ -71,9 +76,27 @@ class Problem:
             with torch.inference_mode(False):
                 self.args = pytree.tree_map(_usable, args)
         self.epsilon = torch.finfo(layout.dtype).eps
+        self._samplewise = bool(getattr(fn, "samplewise", False)) and self._indexed_by_sample()
+        self._split = self._samplewise or (
+            not getattr(fn, "samplewise", False) and bool(layout.batch_shape) and self._carries_the_batch()
+        )
         # Whether fn was seen to return the state's own dtype and shape, and may repeat itself unseen.
         self._plain = False
         self._repeats = self._same and self._autocast is None and hasattr(fn, "repeat") and self.has_closed_form
+
+    def _indexed_by_sample(self) -> bool:
+        """Whether every tensor among the args is indexed by sample in its first dim; one batch dim only."""
+        # An input that is broadcast to the samples is not indexed by them.
+        shape = self.layout.shapes[0]
+        return len(self.layout.batch_shape) == 1 and not any(
+            isinstance(a, Tensor) and (a.ndim != len(shape) or a.shape[0] != shape[0]) for a in self.args
+        )
+
+    def _carries_the_batch(self) -> bool:
+        """Whether a tensor among the args has the batch shape in front."""
+        batch = self.layout.batch_shape
+        leaves = pytree.tree_leaves(self.args)
+        return any(isinstance(a, Tensor) and a.shape[: len(batch)] == batch for a in leaves)
 
     def exact(self) -> AbstractContextManager[Any]:
         """The context for the solvers' own algebra: no autocast."""
@@ -158,23 +181,52 @@ class Problem:
         hooked = getattr(self.fn, "_forward_hooks", None) or getattr(self.fn, "_forward_pre_hooks", None)
         return not hooked and _age(self.fn, "linearize") <= _age(self.fn, "forward")
 
-    def select(self, samples: Tensor) -> "Problem | None":
-        """The problem of some samples alone, by their indices, or None if fn does not say that it can be split.
+    @property
+    def crowd(self) -> float:
+        """Rows at hand per row that runs, from which on it pays to go on without the others; infinite if one cannot.
 
-        A function or cell says so by an attribute `samplewise = True`: every tensor among its inputs is indexed by
-        sample in its first dim, and no row depends on another. Calls of the part count as calls of the whole.
+        Whether fn can be split is said by an attribute `samplewise = True` of it: every tensor among its inputs is
+        indexed by sample in its first dims, and no row depends on another. A function that does not say so is tried,
+        which costs an evaluation, where a tensor of `args` has the batch shape in front.
         """
-        if not getattr(self.fn, "samplewise", False) or len(self.layout.batch_shape) != 1:
+        if not self._split:
+            return math.inf
+        return _TRUSTED if self._samplewise else _TRIED
+
+    def select(self, samples: Tensor, z: Tensor, evaluation: Evaluation, scale: Tensor) -> "Problem | None":
+        """The problem of some samples alone, by their indices, or None if fn cannot be split.
+
+        A split that fn has not promised is accepted only if it leaves the value at z of these samples as it was.
+        Calls of the part count as calls of the whole.
+
+        Args:
+            samples: indices.
+            z: states of all samples at hand, `(B, n)`.
+            evaluation: fn there.
+            scale: size of the residuals, `(B,)`, beside which rounding is judged.
+        """
+        if not self._split:
             return None
-        # An input that is broadcast to the samples is not indexed by them.
-        shape = self.layout.shapes[0]
-        if any(isinstance(a, Tensor) and (a.ndim != len(shape) or a.shape[0] != shape[0]) for a in self.args):
-            return None
-        args = tuple(a.index_select(0, samples) if isinstance(a, Tensor) else a for a in self.args)
-        part = Problem(self.kind, self.fn, args, self.layout.select(samples.numel()))
+        part = Problem(
+            self.kind,
+            self.fn,
+            pytree.tree_map(partial(_rows, samples, self.layout.batch_shape), self.args),
+            self.layout.select(samples.numel()),
+        )
         part.epsilon, part._plain = self.epsilon, self._plain
         part._counted, part._autocast = self._counted, self._autocast
-        return part
+        if self._samplewise:
+            return part
+        known, start = evaluation.value.index_select(0, samples), z.index_select(0, samples)
+        try:
+            value = part.output(start)
+        except (RuntimeError, ValueError, TypeError, IndexError):
+            self._split = False
+            return None
+        size = torch.maximum(known.abs().amax(1), start.abs().amax(1)).maximum(scale.index_select(0, samples))
+        near = (value - known).abs().amax(1) <= _ROUNDING * self.epsilon * size
+        self._split = bool(near.all())
+        return part if self._split else None
 
     def linearize(self, z: Tensor, value: Tensor) -> ResidualJacobian:
         """`A = −∂r/∂z` at a state, from the closed form where fn supplies one, else by automatic differentiation."""
@@ -198,6 +250,13 @@ def _age(fn: Any, method: str) -> int:
         return -1
     order = type(fn).__mro__
     return next((i for i, c in enumerate(order) if method in vars(c)), len(order))
+
+
+def _rows(samples: Tensor, batch: torch.Size, value: Any) -> Any:
+    """The rows of some samples of a tensor that has the batch shape in front; anything else as it is."""
+    if not isinstance(value, Tensor) or value.shape[: len(batch)] != batch:
+        return value
+    return value.reshape(-1, *value.shape[len(batch) :]).index_select(0, samples)
 
 
 def _usable(value: Any) -> Any:

@@ -1,16 +1,19 @@
 """When a residual counts as zero: the tolerance of each sample, and what the dtype can reach."""
 
 from collections.abc import Callable
+from copy import copy
 
 import torch
 from torch import Tensor
 
 from ._norms import norm_function
 from ._problem import Evaluation, Problem
-from .solvers import Solver
+from .solvers import Method
 
 _REACH = 4.0
 """Rounding units of fn's value below which a residual is noise."""
+_FURTHER = 64.0
+"""So many times further a smooth function changes so many times more."""
 
 
 class Tolerance:
@@ -21,22 +24,24 @@ class Tolerance:
         first: the initial residual's norm, `(B,)`.
     """
 
-    def __init__(self, problem: Problem, solver: Solver, start: Evaluation) -> None:
-        self.norm: Callable[[Tensor], Tensor] = norm_function(solver.norm)
+    def __init__(self, problem: Problem, method: Method, start: Evaluation) -> None:
+        self.norm: Callable[[Tensor], Tensor] = norm_function(method.norm)
         self._problem = problem
         epsilon = problem.epsilon
-        self._rtol = epsilon ** (2 / 3) if solver.rtol is None else solver.rtol
+        self._rtol = epsilon ** (2 / 3) if method.rtol is None else method.rtol
         first = self.first = self.norm(start.residual)
         # Without an absolute tolerance of the user's a residual reduced by 1/ε counts as zero: it has no units.
-        self._atol = solver.atol if solver.atol is not None else epsilon * _finite(first)
-        self._least = solver.atol or 0.0
+        self._atol = method.atol if method.atol is not None else epsilon * _finite(first)
+        self._least = method.atol or 0.0
 
-    def select(self, samples: Tensor, problem: Problem) -> None:
-        """Go on with some samples alone, by their indices."""
-        self._problem = problem
-        self.first = self.first.index_select(0, samples)
+    def select(self, samples: Tensor, problem: Problem) -> "Tolerance":
+        """The tolerance of some samples alone, by their indices."""
+        part = copy(self)
+        part._problem = problem
+        part.first = self.first.index_select(0, samples)
         if isinstance(self._atol, Tensor):
-            self._atol = self._atol.index_select(0, samples)
+            part._atol = self._atol.index_select(0, samples)
+        return part
 
     def limit(self, evaluation: Evaluation, peak: Tensor | None = None) -> Tensor | float:
         """What the residual's norm must not exceed at this evaluation, `(B,)` or one number for all.
@@ -72,18 +77,30 @@ class Tolerance:
 
         For a fixed point: `‖r‖ ≤ 4ε‖fn(z)‖`. For a root: no component of fn is larger than it changes, to first
         order, when every component of z moves by a few rounding units (a componentwise backward error, Oettli &
-        Prager 1964): z is then an exact root of a function that the dtype cannot tell from fn.
+        Prager 1964): z is then an exact root of a function that the dtype cannot tell from fn. Unless that change is
+        a jump's, which is no smaller for a smaller move, and as large as fn ever was.
         """
         epsilon = problem.epsilon
         scale = problem.scale(evaluation, self.norm)
         if scale is not None:
             return (norm <= _REACH * epsilon * scale) & (_REACH * epsilon * scale <= self._fallen(peak))
+        noise = self._noise(problem, z, evaluation, _REACH * epsilon)
+        within = (evaluation.residual.abs() <= noise).all(dim=1)
+        small = norm <= epsilon**0.5 * torch.maximum(peak, _finite(self.first))
+        if bool((within & ~small).any()):
+            further = self._noise(problem, z, evaluation, _FURTHER * _REACH * epsilon)
+            small |= self.norm(further) >= 0.5 * _FURTHER * self.norm(noise)
+        return within & small
+
+    @staticmethod
+    def _noise(problem: Problem, z: Tensor, evaluation: Evaluation, size: float) -> Tensor:
+        """How much each component of fn changes, to first order, when z moves by a relative `size`, `(B, n)`."""
         noise = torch.zeros_like(z)
         signs = torch.ones(z.shape[1], dtype=z.dtype, device=z.device)
         for pattern in (signs, signs.cumsum(0).remainder(2) * 2 - 1):
-            moved = problem.evaluate(z + _REACH * epsilon * pattern * z)
+            moved = problem.evaluate(z + size * pattern * z)
             noise = torch.maximum(noise, (moved.residual - evaluation.residual).abs())
-        return (evaluation.residual.abs() <= noise).all(dim=1)
+        return noise
 
 
 def _finite(norm: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch.nn import functional
 from .._adjoint import Implicit
 from .._options import refuse_unknown
 from .._report import OnFailure
-from ..solvers._base import AnySolver
+from ..solvers import Method
 from ._layer import FixedPoint
 
 _OPTIONS = ("solver", "adjoint", "max_steps", "on_failure", "device", "dtype")
@@ -121,7 +121,7 @@ class TanhEquilibrium(FixedPoint):
         self,
         features: int,
         *,
-        solver: AnySolver | None = None,
+        solver: Method | None = None,
         adjoint: Implicit | None = None,
         max_steps: int | None = None,
         on_failure: OnFailure = "warn",

@@ -12,7 +12,7 @@ from .._options import refuse_unknown
 from .._report import OnFailure, check_on_failure
 from .._solution import PyTree, Solution
 from ..diagnostics import record
-from ..solvers._base import AnySolver
+from ..solvers import Method
 
 _OPTIONS = ("solver", "adjoint", "batch_dims", "max_steps", "on_failure", "init")
 
@@ -26,7 +26,7 @@ class _Implicit(nn.Module):
         self,
         cell: Callable[..., PyTree],
         *,
-        solver: AnySolver | None = None,
+        solver: Method | None = None,
         adjoint: Implicit | None = None,
         batch_dims: int = 1,
         max_steps: int | None = None,

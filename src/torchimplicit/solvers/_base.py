@@ -1,8 +1,10 @@
 """The contract of a nonlinear solver: `init` and `step`; the loop, convergence and failure live elsewhere."""
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
 from dataclasses import KW_ONLY, dataclass, fields
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,8 +38,27 @@ class Step(Generic[State]):
 
 
 @dataclass(frozen=True)
-class Solver(Options, ABC, Generic[State]):
-    """Base class of the solvers: a frozen record of hyper-parameters that holds no state.
+class Stage:
+    """A solver's turn in a solve: the samples that it leaves unsolved go on to the next stage.
+
+    Attributes:
+        solver: who steps.
+        max_steps: steps at most.
+        patience: steps between two looks at a sample's progress; None is the solver's own.
+        progress: a sample whose best residual did not fall below this factor of the last look's has stalled.
+        start: where the samples left by the stage before begin: at their best iterate, or at z0 again.
+    """
+
+    solver: Solver[Any]
+    max_steps: int
+    patience: int | None = None
+    progress: float | None = None
+    start: Literal["best", "z0"] = "best"
+
+
+@dataclass(frozen=True)
+class Method(Options, ABC):
+    """What `solver=` takes: a frozen record of hyper-parameters that holds no state.
 
     A sample has converged when `‖r(z)‖ ≤ atol + rtol·scale` with `r` evaluated at the returned z. The scale is
     `‖fn(z)‖` for a fixed point and `‖fn(z0)‖` for a root. For a fixed point that did not pass at z0, the residual must
@@ -58,11 +79,6 @@ class Solver(Options, ABC, Generic[State]):
     norm: Norm = "rms"
     check_every: int = 1
 
-    max_steps: ClassVar[int]
-    """Steps taken at most unless the call says otherwise."""
-    patience: ClassVar[int]
-    """Steps without a new best residual after which a sample has stalled."""
-
     def __post_init__(self) -> None:
         """Validate."""
         self._require_number("rtol", 0.0, optional=True)
@@ -70,6 +86,26 @@ class Solver(Options, ABC, Generic[State]):
         self._require_count("check_every", 1)
         if not callable(self.norm):
             self._require_choice("norm", NORMS)
+
+    @abstractmethod
+    def stages(self, problem: Problem) -> tuple[Stage, ...]:
+        """Who steps, one after the other."""
+
+
+@dataclass(frozen=True)
+class Solver(Method, Generic[State]):
+    """Base class of the solvers that step: `init` and `step`."""
+
+    max_steps: ClassVar[int]
+    """Steps taken at most unless the call says otherwise."""
+    patience: ClassVar[int]
+    """Steps without a new best residual after which a sample has stalled."""
+    progress: ClassVar[float] = 1 - 1e-5
+    """Factor below which the best residual must have fallen in that time."""
+
+    def stages(self, problem: Problem) -> tuple[Stage, ...]:
+        """This solver alone."""
+        return (Stage(self, self.max_steps),)
 
     @abstractmethod
     def init(self, problem: Problem, z: Tensor, evaluation: Evaluation) -> State:
@@ -96,16 +132,17 @@ class Solver(Options, ABC, Generic[State]):
         return self.step(problem, z, evaluation, state, active)
 
     def select(self, state: State, samples: Tensor) -> State:
-        """The state of some samples alone, by their indices: every tensor in it has the batch first."""
+        """The state of some samples alone, by their indices.
+
+        The batch is the first dim of every tensor in it, unless the field says otherwise, `metadata={"batch": dim}`.
+        """
         if state is None:
             return state
-        parts = {f.name: getattr(state, f.name) for f in fields(state)}  # pyright: ignore[reportArgumentType]
-        return type(state)(
-            **{name: t.index_select(0, samples) if isinstance(t, Tensor) else t for name, t in parts.items()}
-        )
-
-
-AnySolver = Solver[Any]
+        parts = {}
+        for f in fields(state):  # pyright: ignore[reportArgumentType]
+            part = getattr(state, f.name)
+            parts[f.name] = part.index_select(f.metadata.get("batch", 0), samples) if isinstance(part, Tensor) else part
+        return type(state)(**parts)
 
 
 def hold(active: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
