@@ -12,6 +12,7 @@ PIP_ARGS ?=
 THREADS ?= 1
 TEST_WORKERS ?= auto
 TEST_ARGS ?=
+SOLVERS_ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt $(PIP_ARGS)
@@ -20,7 +21,7 @@ CHECKED := src tests benchmarks
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help mnist test lint format format-check types test-quick tests bench-notebook evidence hooks clean distclean
+.PHONY: help mnist test lint format format-check types test-quick tests bench-notebook bench-solvers evidence hooks clean distclean
 
 help: ## say what there is
 	@echo "usage: make TARGET"
@@ -70,6 +71,14 @@ runs/evidence/%/report.html: | $(VENV)/.train
 	@test -n "$$TORCHIMPLICIT_DATA" || { echo "set TORCHIMPLICIT_DATA to a folder with the four IDX files of MNIST"; exit 1; }
 	$(TRAIN) --layer $(firstword $(subst -, ,$*)) --seed $(lastword $(subst -, ,$*)) --out $(@D) \
 		$(if $(wildcard $(@D)/config.json),--resume)
+
+$(VENV)/.bench: pyproject.toml $(VENV)/.torch
+	@echo "installing torchimplicit[train,bench]"
+	@$(PIP) --editable '.[train,bench]'
+	@touch $@ $(VENV)/.train
+
+bench-solvers: $(VENV)/.bench ## run our solvers and the peers on the test problems (SOLVERS_ARGS=--quick for some)
+	$(BIN)/python -m benchmarks.solver_table $(SOLVERS_ARGS)
 
 bench-notebook: $(VENV)/.train ## measure memory and time against the notebook's own algorithms, one thread
 	$(BIN)/python -m benchmarks.memory
