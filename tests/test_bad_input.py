@@ -159,7 +159,7 @@ SETTINGS: list[tuple[type, str, Any, type[Exception], list[str]]] = [
     *[(ti.Picard, "damping", value, ValueError, ["damping=", NUMBERS]) for value in (0, -0.5, 2.0, 2.5, float("nan"))],
     *[(ti.Anderson, "history", value, ValueError, ["history=", "integer >= 1"]) for value in (0, -1, 2.0, None)],
     *[(ti.Anderson, "mixing", value, ValueError, ["mixing=", NUMBERS]) for value in (0.0, -1, 2.0, 3, "1")],
-    (ti.Anderson, "ridge", -1e-9, ValueError, ["ridge=-1e-09", NUMBERS]),
+    (ti.Anderson, "drop_tolerance", -1e-9, ValueError, ["drop_tolerance=-1e-09", NUMBERS]),
     (ti.Newton, "linear_solver", ti.GMRES, ValueError, ["linear_solver=", "GMRES", r"GMRES\(\)"]),
     (ti.Newton, "linear_solver", "gmres", ValueError, ["linear_solver='gmres'", r"LU\(\)"]),
     (ti.Newton, "linear_solver", ti.Newton(), ValueError, ["linear_solver=Newton", r"LU\(\)"]),

@@ -171,10 +171,17 @@ def test_every_sample_failed_gives_zero_gradients_and_a_working_backward() -> No
 
 def test_start_that_is_not_finite_is_its_own_failure() -> None:
     z0 = torch.tensor([[0.0], [torch.nan], [torch.inf]], dtype=DOUBLE)
-    sol = ti.fixed_point(lambda z: 0.5 * z + 1, z0, batch_dims=1, on_failure="ignore")
+    sol = ti.fixed_point(lambda z: 0.5 * z + 1, z0, solver=ti.Anderson(), batch_dims=1, on_failure="ignore")
     assert sol.status.tolist() == [0, 4, 4]
     assert sol.value.isfinite().all()
     assert sol.value[0].item() == pytest.approx(2.0)
+
+
+def test_default_solver_begins_elsewhere_where_the_start_is_not_finite() -> None:
+    z0 = torch.tensor([[0.0], [torch.nan], [torch.inf], [-1.0]], dtype=DOUBLE)
+    assert ti.fixed_point(lambda z: 0.5 * z + 1, z0, batch_dims=1).value.flatten().tolist() == pytest.approx([2.0] * 4)
+    root = ti.root(lambda z: torch.log(z) - 1, z0, batch_dims=1)
+    assert root.value.flatten().tolist() == pytest.approx([torch.e] * 4)
 
 
 def test_infinite_local_derivative_contributes_zero_and_leaves_the_others() -> None:

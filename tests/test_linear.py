@@ -10,112 +10,32 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import torchimplicit as ti
+from tests.systems import (
+    EASY,
+    GENERAL,
+    ITERATIVE,
+    RTOL,
+    SOLVERS,
+    Dense,
+    N,
+    contraction,
+    normal,
+    orthogonal,
+    skew,
+    solve,
+    spectrum,
+    suited,
+    true_residual,
+)
 from torchimplicit.linear import (
     GMRES,
-    LU,
     AutogradJacobian,
     Cascade,
-    LinearSolution,
     LinearSolver,
     Neumann,
     ResidualJacobian,
     SuppliedJacobian,
 )
-
-RTOL = 1e-10
-N = 12
-SOLVERS: dict[str, LinearSolver] = {
-    "LU": LU(),
-    "GMRES": GMRES(),
-    "Neumann": Neumann(),
-    "Cascade": Cascade(),
-    "Cascade-iterative": Cascade(small=0),
-    "Cascade-matrix-free": Cascade(small=0, dense_limit=0),
-}
-ITERATIVE = [name for name in SOLVERS if name not in ("LU", "Cascade")]
-GENERAL = [name for name in SOLVERS if name != "Neumann"]
-
-
-class Dense:
-    """A batch of matrices as a linear operator that counts its products."""
-
-    def __init__(self, matrix: Tensor) -> None:
-        self.matrix = matrix
-        self.products = 0
-
-    def mv(self, p: Tensor) -> Tensor:
-        self.products += 1
-        return torch.einsum("bij,bj->bi", self.matrix, p)
-
-    def neumann(self, p: Tensor, terms: int) -> tuple[Tensor, Tensor]:
-        total, rest = p, p - self.mv(p)
-        for _ in range(terms - 1):
-            total, rest = total + rest, rest - self.mv(rest)
-        return total, rest
-
-    def dense(self) -> Tensor:
-        return self.matrix
-
-    def select(self, samples: Tensor) -> "Dense":
-        return Dense(self.matrix[samples])
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def orthogonal(batch: int, n: int, seed: int = 0) -> Tensor:
-    return torch.linalg.qr(normal(batch, n, n, seed=seed))[0]
-
-
-def spectrum(*values: float, batch: int = 5) -> Tensor:
-    """Symmetric matrices with these eigenvalues."""
-    q = orthogonal(batch, len(values), seed=3)
-    return q * torch.tensor(values, dtype=torch.float64) @ q.mT
-
-
-def contraction(radius: float, batch: int = 5, n: int = N) -> Tensor:
-    """`I − J` with `‖J‖ = radius`."""
-    return torch.eye(n, dtype=torch.float64) - radius * orthogonal(batch, n, seed=4)
-
-
-def upper(diagonal: float, above: float, n: int = N) -> Tensor:
-    """A non-normal matrix: its Krylov spaces say little until they are full."""
-    eye, ones = torch.eye(n, dtype=torch.float64), torch.ones(n - 1, dtype=torch.float64)
-    return (diagonal * eye + above * torch.diag(ones, 1)).expand(5, n, n)
-
-
-def skew(batch: int = 5, n: int = N) -> Tensor:
-    a = normal(batch, n, n, seed=5)
-    return a - a.mT
-
-
-def true_residual(matrix: Tensor, b: Tensor, x: Tensor) -> Tensor:
-    """`‖b − A x‖ / ‖b‖`, 0 where b = 0."""
-    size = b.norm(dim=1)
-    return torch.where(size > 0, (b - torch.einsum("bij,bj->bi", matrix, x)).norm(dim=1) / size, 0.0)
-
-
-def solve(name: str, matrix: Tensor, b: Tensor, rtol: float | Tensor = RTOL) -> LinearSolution:
-    return SOLVERS[name].solve(Dense(matrix), b, rtol)
-
-
-EASY = {
-    "well-conditioned": torch.eye(N) * 2 + 0.3 * normal(5, N, N, seed=1) / N**0.5,
-    "contraction 0.8": contraction(0.8),
-    "contraction 0.3": contraction(0.3),
-    "non-normal": upper(1.0, 1.0),
-    "cyclic shift": torch.roll(torch.eye(N, dtype=torch.float64), 1, 0).expand(5, N, N),
-    "skew": skew(),
-    "orthogonal": orthogonal(5, N, seed=6),
-    "indefinite": spectrum(*torch.linspace(-3, 3, N).tolist()),
-    "identity": torch.eye(N, dtype=torch.float64).expand(5, N, N),
-    "multiples of the identity": torch.eye(N) * torch.tensor([-1.0, 3.0, 0.5, 1e-8, 1e8])[:, None, None],
-    "identity plus rank one": torch.eye(N) + normal(5, N, 1, seed=7) @ normal(5, 1, N, seed=8),
-    "small units": contraction(0.5) * 1e-8,
-    "large units": contraction(0.5) * 1e8,
-}
-EASY = {name: matrix.double() for name, matrix in EASY.items()}
 
 
 @pytest.mark.parametrize("name", GENERAL)
@@ -131,7 +51,10 @@ def test_solution_agrees_with_lapack(name: str, family: str) -> None:
 
 @pytest.mark.parametrize("name", GENERAL)
 @pytest.mark.parametrize("family", EASY)
-def test_single_precision_solution_agrees_with_lapack(name: str, family: str) -> None:
+def test_single_precision_solution_agrees_with_lapack(name: str, family: str, request: pytest.FixtureRequest) -> None:
+    if (name, family) == ("BiCGStab", "skew"):
+        reason = "its residuals rise high on a skew matrix, and what it can attain falls as they rise"
+        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
     matrix, b = EASY[family], normal(5, N, seed=9)
     found = solve(name, matrix.float(), b.float(), 3e-5)
     expected = torch.linalg.solve(matrix, b)
@@ -156,9 +79,10 @@ def test_neumann_series_solves_contractions_in_the_steps_theory_gives(radius: fl
 def test_neumann_series_gives_up_on_what_is_no_contraction(matrix: Tensor) -> None:
     operator = Dense(matrix)
     found = Neumann().solve(operator, normal(5, matrix.shape[1]), RTOL)
-    assert found.status.tolist() == [ti.Status.MAX_STEPS] * 5
+    assert found.status.tolist() == [ti.Status.STALLED] * 5
     assert operator.products <= 20  # noticed after 12 steps
-    assert found.value.isfinite().all()
+    assert found.value.count_nonzero() == 0
+    assert found.residual.tolist() == [1.0] * 5
 
 
 @pytest.mark.parametrize("n", [2, 7, N])
@@ -204,7 +128,7 @@ def test_restarted_gmres_that_stagnates_says_so_and_stops_early() -> None:
     b[0, 0] = 1.0
     operator = Dense(matrix)
     found = GMRES(restart=4, max_steps=200).solve(operator, b, RTOL)
-    assert found.status.item() == ti.Status.MAX_STEPS
+    assert found.status.item() == ti.Status.STALLED
     assert operator.products <= 10
     assert found.residual.item() == pytest.approx(1.0)
 
@@ -238,12 +162,12 @@ def test_neumann_takes_no_more_than_max_steps() -> None:
 
 @pytest.mark.parametrize("name", ITERATIVE)
 def test_each_sample_has_its_own_tolerance(name: str) -> None:
-    matrix, b = contraction(0.6), normal(5, N, seed=9)
+    matrix, b = suited(name, 0.6), normal(5, N, seed=9)
     rtol = torch.tensor([1e-1, 1e-3, 1e-6, 1e-9, 1e-12], dtype=torch.float64)
     found = solve(name, matrix, b, rtol)
     assert found.status.tolist() == [ti.Status.CONVERGED] * 5
     assert (true_residual(matrix, b, found.value) <= rtol).all()
-    assert (found.steps.diff() >= 0).all()  # GMRES is exact after N steps at the latest
+    assert (found.steps.diff() >= 0).all()  # some are exact after N steps at the latest
     assert found.steps[0] < found.steps[1] < found.steps[2]
 
 
@@ -251,7 +175,7 @@ def test_each_sample_has_its_own_tolerance(name: str) -> None:
 def test_zero_right_hand_side_has_the_solution_zero_and_takes_no_step(name: str) -> None:
     b = normal(5, N)
     b[2] = 0.0
-    found = solve(name, contraction(0.5), b)
+    found = solve(name, suited(name, 0.5), b)
     assert found.status.tolist() == [ti.Status.CONVERGED] * 5
     assert found.value[2].count_nonzero() == 0
     assert (found.residual[2].item(), found.steps[2].item()) == (0.0, 0)
@@ -274,6 +198,9 @@ def test_one_unknown_is_a_division(name: str) -> None:
     torch.testing.assert_close(found.value[:, 0], torch.tensor([0.5, -4.0, 1e-6], dtype=torch.float64))
 
 
+UNSOLVED = {ti.Status.SINGULAR, ti.Status.MAX_STEPS, ti.Status.STALLED}
+
+
 # --- Failures that must stay with the sample they belong to
 
 
@@ -293,11 +220,11 @@ def _bad_matrix(kind: str) -> Tensor:
 @pytest.mark.parametrize("name", SOLVERS)
 @pytest.mark.parametrize("kind", ["zero", "zero row", "nan", "infinite"])
 def test_bad_matrix_in_the_middle_fails_alone(name: str, kind: str) -> None:
-    matrix, b = contraction(0.7), normal(5, N, seed=9)
+    matrix, b = suited(name, 0.7), normal(5, N, seed=9)
     matrix[2] = _bad_matrix(kind)
     others = torch.tensor([0, 1, 3, 4])
     found, alone = solve(name, matrix, b), solve(name, matrix[others], b[others])
-    expected = (ti.Status.SINGULAR, ti.Status.MAX_STEPS) if "zero" in kind else (ti.Status.NONFINITE,)
+    expected = UNSOLVED if "zero" in kind else (ti.Status.NONFINITE,)
     assert found.status[2].item() in expected
     assert found.value.isfinite().all()
     if found.status[2] >= ti.Status.DIVERGED:
@@ -309,9 +236,9 @@ def test_bad_matrix_in_the_middle_fails_alone(name: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-@pytest.mark.parametrize("name", ["LU", "GMRES", "Neumann", "Cascade-iterative", "Cascade-matrix-free"])
+@pytest.mark.parametrize("name", [name for name in SOLVERS if name != "Cascade"])
 def test_nonfinite_right_hand_side_fails_alone(name: str, value: float) -> None:
-    matrix, b = contraction(0.7), normal(5, N, seed=9)
+    matrix, b = suited(name, 0.7), normal(5, N, seed=9)
     alone = solve(name, matrix[[0, 1, 3, 4]], b[[0, 1, 3, 4]])
     b[2, 5] = value
     found = solve(name, matrix, b)
@@ -321,7 +248,7 @@ def test_nonfinite_right_hand_side_fails_alone(name: str, value: float) -> None:
     assert found.residual[2].item() == torch.inf
 
 
-@pytest.mark.parametrize("name", ["LU", "Cascade"])
+@pytest.mark.parametrize("name", ["LU", "QR", "Cascade"])
 def test_right_hand_side_whose_norm_overflows_is_solved_densely(name: str) -> None:
     matrix, b = contraction(0.5), normal(5, N, seed=9)
     b[2] *= 1e200
@@ -330,9 +257,9 @@ def test_right_hand_side_whose_norm_overflows_is_solved_densely(name: str) -> No
 
 
 @pytest.mark.parametrize("size", [1e200, 1e-200])
-@pytest.mark.parametrize("name", ["GMRES", "Neumann", "Cascade-iterative"])
+@pytest.mark.parametrize("name", SOLVERS)
 def test_solution_scales_with_the_right_hand_side_over_the_range_of_the_dtype(name: str, size: float) -> None:
-    matrix, b = contraction(0.5), normal(5, N, seed=9)
+    matrix, b = suited(name, 0.5), normal(5, N, seed=9)
     expected = torch.linalg.solve(matrix, b)
     b[2] *= size
     found = solve(name, matrix, b)
@@ -351,7 +278,7 @@ def _singular(rank: int, batch: int = 200) -> tuple[Tensor, Tensor]:
 def test_singular_systems_are_never_converged(name: str, rank: int, dtype: torch.dtype) -> None:
     matrix, b = _singular(rank)
     found = solve(name, matrix.to(dtype), b.to(dtype), 1e-5 if dtype == torch.float32 else RTOL)
-    assert set(found.status.tolist()) <= {ti.Status.SINGULAR, ti.Status.MAX_STEPS}
+    assert set(found.status.tolist()) <= UNSOLVED
     assert found.value[found.status == ti.Status.SINGULAR].count_nonzero() == 0
     assert found.value.isfinite().all()
 
@@ -365,8 +292,8 @@ def test_symmetric_map_with_an_eigenvalue_one_is_never_converged(name: str) -> N
     assert not (found.status == ti.Status.CONVERGED).any()
 
 
-@pytest.mark.parametrize("name", ["GMRES", "Cascade-matrix-free"])
-def test_singular_system_with_a_solution_is_solved_by_krylov_steps(name: str) -> None:
+@pytest.mark.parametrize("name", ["GMRES", "BiCGStab", "CG", "QR", "Cascade-matrix-free"])
+def test_singular_system_with_a_solution_is_solved_but_not_by_elimination(name: str) -> None:
     matrix = spectrum(*[0.0] * 4, *torch.linspace(0.5, 1.5, N - 4).tolist())
     b = torch.einsum("bij,bj->bi", matrix, normal(5, N))
     found = solve(name, matrix, b)
@@ -388,15 +315,16 @@ def test_iterative_solver_is_converged_only_where_the_residual_is_small(name: st
 
 
 @pytest.mark.parametrize("condition", [1e4, 1e8, 1e11])
-def test_lu_is_as_exact_as_the_condition_number_allows(condition: float) -> None:
+@pytest.mark.parametrize("name", ["LU", "QR"])
+def test_dense_solution_is_as_exact_as_the_condition_number_allows(name: str, condition: float) -> None:
     values = torch.logspace(0, -torch.log10(torch.tensor(condition)).item(), N).tolist()
     matrix, x = spectrum(*values), normal(5, N)
-    found = solve("LU", matrix, torch.einsum("bij,bj->bi", matrix, x))
+    found = solve(name, matrix, torch.einsum("bij,bj->bi", matrix, x))
     assert found.status.tolist() == [ti.Status.CONVERGED] * 5
     assert ((found.value - x).norm(dim=1) / x.norm(dim=1)).max() <= 20 * N * 2.2e-16 * condition
 
 
-@pytest.mark.parametrize("name", ["LU", "Cascade"])
+@pytest.mark.parametrize("name", ["LU", "QR", "Cascade"])
 @pytest.mark.parametrize("side", ["rows", "columns"])
 def test_units_of_single_equations_and_unknowns_do_not_matter(name: str, side: str) -> None:
     units = 10.0 ** torch.linspace(-6, 6, N, dtype=torch.float64)
@@ -408,10 +336,10 @@ def test_units_of_single_equations_and_unknowns_do_not_matter(name: str, side: s
 
 
 @pytest.mark.parametrize("units", [1e15, 1e-15])
-@pytest.mark.parametrize("name", ["LU", "Cascade", "Cascade-iterative", "GMRES"])
+@pytest.mark.parametrize("name", [name for name in SOLVERS if name not in ("Neumann", "Cascade-matrix-free")])
 @pytest.mark.parametrize("what", ["matrix", "right-hand side", "both"])
 def test_units_do_not_matter_in_single_precision(name: str, what: str, units: float) -> None:
-    matrix, b = contraction(0.5).float(), normal(5, N).float()
+    matrix, b = suited(name, 0.5).float(), normal(5, N).float()
     expected = torch.linalg.solve(matrix, b)
     left, right = units if what != "right-hand side" else 1.0, units if what != "matrix" else 1.0
     found = solve(name, matrix * left, b * right, 2e-5)
@@ -433,9 +361,10 @@ def test_no_report_is_untrue(batch: int, n: int, seed: int, name: str) -> None:
 
 
 @settings(max_examples=25)
-@given(n=st.integers(1, 24), seed=st.integers(0, 10**6), name=st.sampled_from(GENERAL))
+@given(n=st.integers(1, 24), seed=st.integers(0, 10**6), name=st.sampled_from([*GENERAL, "CG"]))
 def test_sample_has_the_same_solution_alone_and_in_a_batch(n: int, seed: int, name: str) -> None:
-    matrix, b = contraction(0.7, batch=4, n=n) + 0.05 * normal(4, n, n, seed=seed), normal(4, n, seed=seed)
+    noise, b = 0.05 * normal(4, n, n, seed=seed), normal(4, n, seed=seed)
+    matrix = suited(name, 0.7, batch=4, n=n) + (noise @ noise.mT if name == "CG" else noise)
     found = solve(name, matrix, b)
     for i in range(4):
         alone = solve(name, matrix[i : i + 1], b[i : i + 1])
@@ -454,11 +383,11 @@ def test_cascade_uses_the_cheapest_stage_for_each_sample() -> None:
     assert found.status.tolist() == [ti.Status.CONVERGED] * 3
     torch.testing.assert_close(found.value, torch.linalg.solve(matrix, b), atol=1e-9, rtol=0)
     alone = Neumann(slowest=0.93).solve(Dense(matrix), b, RTOL)
-    assert alone.status.tolist() == [ti.Status.CONVERGED, ti.Status.MAX_STEPS, ti.Status.MAX_STEPS]
+    assert alone.status.tolist() == [ti.Status.CONVERGED, ti.Status.STALLED, ti.Status.STALLED]
     assert found.steps[0] == alone.steps[0]  # Neumann's alone
     assert found.steps[1] == alone.steps[1] + 1  # a multiple of the identity: one step of GMRES
     without = Cascade(gmres=GMRES(restart=5), dense_limit=0).solve(Dense(matrix), b, RTOL)
-    assert without.status.tolist() == [ti.Status.CONVERGED, ti.Status.CONVERGED, ti.Status.MAX_STEPS]
+    assert without.status.tolist() == [ti.Status.CONVERGED, ti.Status.CONVERGED, ti.Status.STALLED]
 
 
 # --- Jacobian operators

@@ -20,7 +20,8 @@ PACKAGE = ROOT / "src" / "torchimplicit"
 # A room of the package may import from the rooms in the lines above its own, and from nowhere else in the package.
 FLOORS = [
     "_norms _options _solution _closure",
-    "_layout _report linear diagnostics",
+    "_layout _report linear diagnostics _progress",
+    "_objective",
     "_problem",
     "solvers _adjoint _isolate",
     "_tolerance",
@@ -28,6 +29,7 @@ FLOORS = [
     "_iterate",
     "_stages",
     "_attach",
+    "_call",
     "_api",
     "nn",
     "__init__",

@@ -3,6 +3,8 @@
 from . import nn as nn
 from ._adjoint import Implicit as Implicit
 from ._api import fixed_point as fixed_point
+from ._api import least_squares as least_squares
+from ._api import minimize as minimize
 from ._api import root as root
 from ._solution import AdjointReport as AdjointReport
 from ._solution import ConvergenceError as ConvergenceError
@@ -11,28 +13,58 @@ from ._solution import Solution as Solution
 from ._solution import Status as Status
 from .diagnostics import Monitor as Monitor
 from .diagnostics import monitor as monitor
+from .linear import CG as CG
 from .linear import GMRES as GMRES
 from .linear import LU as LU
+from .linear import QR as QR
+from .linear import BiCGStab as BiCGStab
 from .linear import Cascade as Cascade
+from .linear import Jacobi as Jacobi
 from .linear import Neumann as Neumann
+from .solvers import LBFGS as LBFGS
 from .solvers import Anderson as Anderson
+from .solvers import Auto as Auto
+from .solvers import Bisection as Bisection
+from .solvers import Broyden as Broyden
+from .solvers import Chandrupatla as Chandrupatla
+from .solvers import Chord as Chord
+from .solvers import Dogleg as Dogleg
+from .solvers import LevenbergMarquardt as LevenbergMarquardt
 from .solvers import Newton as Newton
+from .solvers import NewtonCG as NewtonCG
+from .solvers import NewtonKrylov as NewtonKrylov
 from .solvers import Picard as Picard
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "minimize",
+    "least_squares",
+    "NewtonCG",
+    "LBFGS",
+    "LevenbergMarquardt",
+    "Dogleg",
+    "Chord",
+    "Broyden",
+    "Auto",
+    "CG",
     "GMRES",
     "LU",
+    "QR",
     "AdjointReport",
     "Anderson",
+    "BiCGStab",
+    "Bisection",
     "Cascade",
+    "Chandrupatla",
     "ConvergenceError",
     "ConvergenceWarning",
     "Implicit",
+    "Jacobi",
     "Monitor",
     "Neumann",
     "Newton",
+    "NewtonKrylov",
     "Picard",
     "Solution",
     "Status",

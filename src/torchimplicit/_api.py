@@ -1,24 +1,16 @@
-"""The calls: `fixed_point` and `root` read their arguments, hand them on, and make the `Solution`."""
+"""The calls: `fixed_point`, `root`, `minimize` and `least_squares`."""
 
 from collections.abc import Callable
 from typing import Any, Never
 
-import torch
-from torch import Tensor
-from torch.autograd import forward_ad
-from torch.utils import _pytree as pytree
-
 from ._adjoint import Implicit
-from ._attach import attach
-from ._layout import Layout
+from ._call import run
 from ._options import refuse_unknown
-from ._problem import Kind, Problem
-from ._report import OnFailure, call_site, check_on_failure, report_failures
-from ._solution import AdjointReport, PyTree, Solution, Status
-from ._stages import solve
-from .solvers import Anderson, Method, Newton
+from ._report import OnFailure
+from ._solution import PyTree, Solution
+from .solvers import Method
 
-_OPTIONS = ("solver", "adjoint", "batch_dims", "max_steps", "on_failure", "trace")
+_OPTIONS = ("solver", "adjoint", "batch_dims", "max_steps", "on_failure", "trace", "verbose")
 
 
 def fixed_point(
@@ -31,6 +23,7 @@ def fixed_point(
     max_steps: int | None = None,
     on_failure: OnFailure = "warn",
     trace: bool = False,
+    verbose: bool = False,
     **unknown: Never,
 ) -> Solution:
     """Solve `z = fn(z, *args)`, differentiably.
@@ -50,7 +43,7 @@ def fixed_point(
             at the solution with gradients.
         z0: the start, a floating-point or complex tensor or a pytree of them.
         args: handed to fn; tensors, pytrees or anything else.
-        solver: `Picard`, `Anderson` or `Newton`; None is `Anderson()`.
+        solver: how to compute it; None is `Auto()`, which begins with `Anderson` and ends with globalised Newton.
         adjoint: how gradients are computed; None is `Implicit()`.
         batch_dims: the first `batch_dims` dims of every leaf of `z0` index independent problems, a promise by the
             caller: each is then solved, stopped and, if it must be, failed by itself. 0 promises nothing: one problem.
@@ -58,6 +51,7 @@ def fixed_point(
         on_failure: `"warn"` (once per line of yours), `"raise"` (`ConvergenceError`) or `"ignore"`, when a sample
             does not converge in the forward or the backward pass.
         trace: keep the residual norms of every step.
+        verbose: print a line for every step: residuals, and how many samples are still unsolved.
 
     Returns:
         A `Solution`; `.value` is z.
@@ -68,17 +62,18 @@ def fixed_point(
         ConvergenceError: a sample failed and `on_failure="raise"`.
     """
     refuse_unknown("fixed_point", unknown, _OPTIONS)
-    return _solve(
+    return run(
         "fixed_point",
         fn,
         z0,
         args,
-        Anderson() if solver is None else solver,
-        adjoint,
-        batch_dims,
-        max_steps,
-        on_failure,
-        trace,
+        solver=solver,
+        adjoint=adjoint,
+        batch_dims=batch_dims,
+        max_steps=max_steps,
+        on_failure=on_failure,
+        trace=trace,
+        verbose=verbose,
     )
 
 
@@ -92,6 +87,7 @@ def root(
     max_steps: int | None = None,
     on_failure: OnFailure = "warn",
     trace: bool = False,
+    verbose: bool = False,
     **unknown: Never,
 ) -> Solution:
     """Solve `fn(z, *args) = 0`, differentiably.
@@ -109,12 +105,13 @@ def root(
         fn: the function whose zero is wanted; returns the structure, shapes and dtypes of `z0`.
         z0: the start, a floating-point or complex tensor or a pytree of them.
         args: handed to fn.
-        solver: None is `Newton()`; `Picard` and `Anderson` step along `−fn(z)`.
+        solver: None is `Auto()`, which begins with Newton's method; `Picard` and `Anderson` step along `−fn(z)`.
         adjoint: as in `fixed_point`.
         batch_dims: as in `fixed_point`.
         max_steps: as in `fixed_point`.
         on_failure: as in `fixed_point`.
         trace: as in `fixed_point`.
+        verbose: as in `fixed_point`.
 
     Returns:
         A `Solution`; `.value` is z.
@@ -125,91 +122,137 @@ def root(
         ConvergenceError: a sample failed and `on_failure="raise"`.
     """
     refuse_unknown("root", unknown, _OPTIONS)
-    return _solve(
-        "root", fn, z0, args, Newton() if solver is None else solver, adjoint, batch_dims, max_steps, on_failure, trace
+    return run(
+        "root",
+        fn,
+        z0,
+        args,
+        solver=solver,
+        adjoint=adjoint,
+        batch_dims=batch_dims,
+        max_steps=max_steps,
+        on_failure=on_failure,
+        trace=trace,
+        verbose=verbose,
     )
 
 
-def _solve(
-    kind: Kind,
+def minimize(
     fn: Callable[..., PyTree],
     z0: PyTree,
-    args: tuple[Any, ...],
-    solver: Method,
-    adjoint: Implicit | None,
-    batch_dims: int,
-    max_steps: int | None,
-    on_failure: OnFailure,
-    trace: bool,
+    *args: Any,
+    solver: Method | None = None,
+    adjoint: Implicit | None = None,
+    batch_dims: int = 0,
+    max_steps: int | None = None,
+    on_failure: OnFailure = "warn",
+    trace: bool = False,
+    verbose: bool = False,
+    **unknown: Never,
 ) -> Solution:
-    adjoint = Implicit() if adjoint is None else adjoint
-    _check_call(fn, solver, adjoint, max_steps, on_failure)
-    layout = Layout.of(z0, batch_dims)
-    _refuse_transforms(kind, (z0, args))
-    leaves = pytree.tree_leaves(z0)
-    problem = Problem(kind, fn, args, layout)
-    with torch.no_grad(), problem.exact():
-        start = layout.pack([leaf.detach() for leaf in leaves]).clone()  # nothing may write into the caller's z0
-        _refuse_dual_value(problem, start)
-        outcome = solve(problem, solver, start, max_steps, trace)
-    evaluations = problem.evaluations
-    report = AdjointReport()
-    z = outcome.z
-    if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
-        with problem.exact():
-            z = attach(problem, outcome, leaves, adjoint, report, on_failure, call_site())
-    converged = outcome.status == int(Status.CONVERGED)
-    solution = Solution(
-        value=layout.unpack(z),
-        status=layout.per_sample(outcome.status),
-        converged=layout.per_sample(converged),
-        residual=layout.per_sample(outcome.residual),
-        steps=layout.per_sample(outcome.steps),
-        evaluations=evaluations,
-        trace=None if outcome.trace is None else layout.per_sample(outcome.trace),
-        adjoint=report,
+    """Find a minimum of `fn(z, *args)`, differentiably: a zero of `∂fn/∂z`.
+
+    >>> import torch, torchimplicit as ti
+    >>> a = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    >>> z = ti.minimize(lambda z: (z - a) ** 2 + z**4, torch.zeros_like(a)).value
+    >>> z.backward()
+    >>> round(z.item(), 6), round(a.grad.item(), 6)  # 2 (z − a) + 4 z³ = 0, dz/da = 1/(1 + 6z²)
+    (0.835122, 0.19288)
+
+    Minima are local. A sample has converged when its gradient is small beside that at z0: the default solvers descend,
+    but nothing certifies that a zero of the gradient is a minimum (`Newton` would as soon find a saddle).
+
+    Args:
+        fn: the objective: one real number per sample, of the batch shape `z.shape[:batch_dims]`, a scalar for 0.
+        z0: the start, a floating-point or complex tensor or a pytree of them.
+        args: handed to fn.
+        solver: None is `Auto()`: `LBFGS`, then `NewtonCG` for the samples it leaves.
+        adjoint: as in `fixed_point`.
+        batch_dims: as in `fixed_point`.
+        max_steps: as in `fixed_point`.
+        on_failure: as in `fixed_point`.
+        trace: as in `fixed_point`.
+        verbose: as in `fixed_point`.
+
+    Returns:
+        A `Solution`; `.value` is z, `.residual` the norm of the gradient.
+
+    Raises:
+        TypeError: unknown option; `z0` not floating point; fn returns something else than real numbers.
+        ValueError: an option out of range; fn returns another shape than the batch's.
+        ConvergenceError: a sample failed and `on_failure="raise"`.
+    """
+    refuse_unknown("minimize", unknown, _OPTIONS)
+    return run(
+        "minimize",
+        fn,
+        z0,
+        args,
+        solver=solver,
+        adjoint=adjoint,
+        batch_dims=batch_dims,
+        max_steps=max_steps,
+        on_failure=on_failure,
+        trace=trace,
+        verbose=verbose,
     )
-    if not outcome.clean and not bool(converged.all()):
-        report_failures(kind, outcome.status, on_failure, solution)
-    return solution
 
 
-def _check_call(fn: Any, solver: Any, adjoint: Any, max_steps: Any, on_failure: Any) -> None:
-    if not callable(fn):
-        raise TypeError(f"fn must be callable, but is {type(fn).__name__}; give a function or an nn.Module.")
-    if not isinstance(solver, Method):
-        raise TypeError(
-            f"solver={solver!r} is no solver; give torchimplicit.Picard(), Anderson() or Newton(), an instance."
-        )
-    if not isinstance(adjoint, Implicit):
-        raise TypeError(f"adjoint={adjoint!r} is no adjoint; give torchimplicit.Implicit(), an instance.")
-    if max_steps is not None and (isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 0):
-        raise ValueError(f"max_steps={max_steps!r} is not valid; give an integer >= 0 or None.")
-    check_on_failure(on_failure)
+def least_squares(
+    fn: Callable[..., PyTree],
+    z0: PyTree,
+    *args: Any,
+    solver: Method | None = None,
+    adjoint: Implicit | None = None,
+    batch_dims: int = 0,
+    max_steps: int | None = None,
+    on_failure: OnFailure = "warn",
+    trace: bool = False,
+    verbose: bool = False,
+    **unknown: Never,
+) -> Solution:
+    """Find a minimum of `½‖fn(z, *args)‖²`, differentiably: a zero of `Jᵀ fn`, `J = ∂fn/∂z`.
 
+    >>> import torch, torchimplicit as ti
+    >>> t = torch.linspace(0, 1, 5, dtype=torch.float64)
+    >>> y = torch.exp(-2 * t).requires_grad_()
+    >>> sol = ti.least_squares(lambda z: torch.exp(-z * t) - y, torch.ones((), dtype=torch.float64))
+    >>> round(sol.value.item(), 6)
+    2.0
 
-def _refuse_transforms(kind: str, tensors: PyTree) -> None:
-    """Say so rather than be wrong: a solve cannot run on the tensors of `torch.func` transforms or forward mode yet."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:  # pyright: ignore[reportAttributeAccessIssue]
-        raise RuntimeError(
-            f"{kind}: called inside a torch.func transform (grad, vmap, jvp, …), which torchimplicit does not support "
-            "yet; use torch.autograd.grad or backward, and batch_dims in the place of vmap."
-        )
-    if forward_ad._current_level >= 0 and any(_is_dual(leaf) for leaf in pytree.tree_leaves(tensors)):
-        raise _forward_mode(kind)
+    The gradient is that of the minimum itself: the curvature of fn is not neglected, as Gauss and Newton's would.
 
+    Args:
+        fn: the residuals, a tensor or a pytree of tensors with the batch shape in front; any number of them.
+        z0: the start, a floating-point or complex tensor or a pytree of them.
+        args: handed to fn.
+        solver: None is `Auto()`, which begins with `LevenbergMarquardt`; `Dogleg`, `LBFGS` and `NewtonCG` do as well.
+        adjoint: as in `fixed_point`.
+        batch_dims: as in `fixed_point`.
+        max_steps: as in `fixed_point`.
+        on_failure: as in `fixed_point`.
+        trace: as in `fixed_point`.
+        verbose: as in `fixed_point`.
 
-def _refuse_dual_value(problem: Problem, z: Tensor) -> None:
-    """The same for what fn closes over: inside `dual_level`, look at one value of fn."""
-    if forward_ad._current_level >= 0 and _is_dual(problem.output(z)):
-        raise _forward_mode(problem.kind)
+    Returns:
+        A `Solution`; `.value` is z, `.residual` the norm of the gradient `Jᵀ fn`.
 
-
-def _is_dual(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and forward_ad.unpack_dual(leaf).tangent is not None
-
-
-def _forward_mode(kind: str) -> RuntimeError:
-    return RuntimeError(
-        f"{kind}: forward-mode differentiation is not supported yet; use torch.autograd.grad or backward."
+    Raises:
+        TypeError: unknown option; `z0` not floating point; fn returns something else than tensors of numbers.
+        ValueError: an option out of range; the residuals do not have the batch shape in front.
+        ConvergenceError: a sample failed and `on_failure="raise"`.
+    """
+    refuse_unknown("least_squares", unknown, _OPTIONS)
+    return run(
+        "least_squares",
+        fn,
+        z0,
+        args,
+        solver=solver,
+        adjoint=adjoint,
+        batch_dims=batch_dims,
+        max_steps=max_steps,
+        on_failure=on_failure,
+        trace=trace,
+        verbose=verbose,
     )

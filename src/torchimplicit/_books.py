@@ -103,10 +103,18 @@ class Books:
         """Norms of the rows at hand as norms of all samples."""
         return norm if self._samples is None else self._settled.index_copy(0, self._samples, norm)
 
+    def current(self, norm: Tensor) -> Tensor:
+        """What the residuals of all samples have come to, given those of the rows at hand."""
+        return torch.where(self._status == _RUNNING, self.spread(norm), self._settled)
+
     def enter(self, step: int, z: Tensor, evaluation: Evaluation, norm: Tensor, failure: Tensor | None) -> None:
         """Take note of the iterate after `step`."""
         self._step, self._z = step, z
         within = norm <= self._tolerance.limit(evaluation, self._peak)
+        if self._tolerance.asks_more:
+            candidates = within if self.active is None else within & self.active
+            if bool(candidates.any()):
+                within = within & self._tolerance.confirmed(z, evaluation, norm)
         better = norm <= self._best
         look = step - self._looked >= self._patience
         quiet = better if self.active is None else better | ~self.active

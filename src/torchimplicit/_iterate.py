@@ -3,7 +3,8 @@
 from torch import Tensor
 
 from ._books import Books, Outcome
-from ._problem import Problem
+from ._problem import Evaluation, Problem
+from ._progress import Progress
 from ._tolerance import Tolerance
 from .solvers import Stage
 
@@ -14,8 +15,10 @@ def iterate(
     z: Tensor,
     max_steps: int,
     keep_trace: bool,
-    tolerance: Tolerance | None = None,
+    tolerance: Tolerance,
     only: Tensor | None = None,
+    evaluation: Evaluation | None = None,
+    progress: Progress | None = None,
 ) -> Outcome:
     """Run a stage's solver on `problem` from `z`, `(B, n)`, for at most `max_steps` steps.
 
@@ -29,33 +32,35 @@ def iterate(
         z: the start.
         max_steps: at most.
         keep_trace: look at the residuals after every step, and keep them.
-        tolerance: of the solve that this stage is a part of; None makes one.
+        tolerance: of the solve that this stage is a part of.
         only: `(B,)` bool, the samples to solve; None for all. Of the others the outcome says nothing.
+        evaluation: fn at `z`, where it is known.
+        progress: told of every step.
     """
     whole, solver = problem, stage.solver
-    evaluation = problem.evaluate(z)
-    if tolerance is None:
-        tolerance = Tolerance(problem, solver, evaluation)
-        norm = tolerance.first
-    else:
-        norm = tolerance.norm(evaluation.residual)
+    every = keep_trace or progress is not None
+    evaluation = problem.evaluate(z) if evaluation is None else evaluation
+    norm = tolerance.norm(evaluation.residual)
     books = Books(tolerance, stage, z, evaluation, norm, only)
     state = solver.init(problem, z, evaluation)
     history: list[Tensor] = []
     step = 0
     while books.left and step < max_steps:
         # As many steps at once as nobody looks at.
-        count = 1 if keep_trace else min(solver.check_every - step % solver.check_every, max_steps - step)
+        count = 1 if every else min(solver.check_every - step % solver.check_every, max_steps - step)
         taken = solver.steps(problem, z, evaluation, state, books.active, count)
         z, evaluation, state = taken.z, taken.evaluation, taken.state
         step += taken.count
         check = step % solver.check_every == 0 or step == max_steps or taken.failure is not None or taken.look
-        if check or keep_trace:
+        if check or every:
             norm = tolerance.norm(evaluation.residual)
             if keep_trace:
                 history.append(books.spread(norm))
             if check:
                 books.enter(step, z, evaluation, norm, taken.failure)
+            if progress is not None:
+                progress.step(solver, books.current(norm), books.left)
+            if check:
                 rows = books.worth_keeping(problem.crowd)
                 part = None if rows is None else problem.select(rows, z, evaluation, books.first)
                 if rows is not None and part is not None:

@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ._layout import Layout
+from ._objective import Gradient
 from .linear import AutogradJacobian, ResidualJacobian, SuppliedJacobian
 
-Kind = Literal["fixed_point", "root"]
+Kind = Literal["fixed_point", "root", "minimize", "least_squares"]
 _TRUSTED, _TRIED = 1.5, 2.0
 _ROUNDING = 64.0
 """Rounding units by which values of the same sample may differ between batches of different size."""
@@ -25,12 +26,21 @@ class Evaluation:
     The residual is computed when it is first looked at: a plain Picard step between two checks never does.
     """
 
-    __slots__ = ("_residual", "_start", "value")
+    __slots__ = ("_residual", "_start", "_target", "objective", "value")
 
-    def __init__(self, value: Tensor, start: Tensor | None = None, residual: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        value: Tensor,
+        start: Tensor | None = None,
+        residual: Tensor | None = None,
+        objective: Tensor | None = None,
+        target: Tensor | None = None,
+    ) -> None:
         self.value = value
+        self.objective = objective
         self._start = start
         self._residual = residual
+        self._target = target
 
     @property
     def residual(self) -> Tensor:
@@ -39,19 +49,39 @@ class Evaluation:
             self._residual = -self.value if self._start is None else self.value - self._start
         return self._residual
 
+    @property
+    def target(self) -> Tensor:
+        """What methods of least squares make small, `(B, m)`: the negative residuals of `least_squares`, else `r`."""
+        return self.residual if self._target is None else self._target
+
     def select(self, samples: Tensor) -> "Evaluation":
         """The evaluation of some samples, by their indices."""
-        if self._residual is not None:
-            return Evaluation(self.value.index_select(0, samples), residual=self._residual.index_select(0, samples))
-        start = None if self._start is None else self._start.index_select(0, samples)
-        return Evaluation(self.value.index_select(0, samples), start)
+        parts = (self._start, self._residual, self.objective, self._target)
+        return Evaluation(
+            self.value.index_select(0, samples), *(None if t is None else t.index_select(0, samples) for t in parts)
+        )
+
+    def where(self, samples: Tensor, other: "Evaluation") -> "Evaluation":
+        """This evaluation for some samples, `(B,)` bool, and another one for the rest."""
+
+        def choose(mine: Tensor | None, theirs: Tensor | None) -> Tensor | None:
+            if mine is None or theirs is None:
+                return None
+            return torch.where(samples if mine.ndim == 1 else samples[:, None], mine, theirs)
+
+        return Evaluation(
+            torch.where(samples[:, None], self.value, other.value),
+            residual=torch.where(samples[:, None], self.residual, other.residual),
+            objective=choose(self.objective, other.objective),
+            target=choose(self._target, other._target),
+        )
 
 
 class Problem:
     """`z = fn(z, *args)` or `fn(z, *args) = 0` as one residual `r(z)` whose zero is wanted.
 
-    `r = fn(z) − z` for a fixed point and `r = −fn(z)` for a root, so that `z + r` is the plain (Picard or Richardson)
-    step in both cases, and with `A = −∂r/∂z` Newton's step is `A⁻¹ r` in both cases.
+    `r = fn(z) − z` for a fixed point and `r = −fn(z)` for a root (of a gradient, in the other two kinds), so that
+    `z + r` is the plain (Picard or Richardson) step in both cases, and with `A = −∂r/∂z` Newton's step is `A⁻¹ r`.
 
     fn runs under the autocast of the call; everything else runs without (see `exact`).
 
@@ -139,13 +169,17 @@ class Problem:
         return value
 
     def evaluate(self, z: Tensor) -> Evaluation:
-        """Value and residual at a state `(B, n)`."""
+        """Value and residual at a state `(B, n)`, and the objective where there is one."""
         return self.evaluation(z, self.output(z))
 
     def evaluation(self, z: Tensor, value: Tensor) -> Evaluation:
         """The evaluation at a state where fn's value is known."""
-        if self.kind == "root":
-            return Evaluation(value)
+        if self.kind != "fixed_point":
+            if not isinstance(self.fn, Gradient):
+                return Evaluation(value)
+            residuals = self.fn.residuals
+            target = None if residuals is None else -residuals
+            return Evaluation(value, objective=self.fn.objective, target=target)
         return Evaluation(value, z if self._same else self.layout.rounded(z))
 
     def repeat(self, value: Tensor, times: int) -> tuple[Tensor, Tensor]:
@@ -207,12 +241,10 @@ class Problem:
         """
         if not self._split:
             return None
-        part = Problem(
-            self.kind,
-            self.fn,
-            pytree.tree_map(partial(_rows, samples, self.layout.batch_shape), self.args),
-            self.layout.select(samples.numel()),
-        )
+        layout = self.layout.select(samples.numel())
+        fn = self.fn.part(layout) if isinstance(self.fn, Gradient) else self.fn
+        args = pytree.tree_map(partial(_rows, samples, self.layout.batch_shape), self.args)
+        part = Problem(self.kind, fn, args, layout)
         part.epsilon, part._plain = self.epsilon, self._plain
         part._counted, part._autocast = self._counted, self._autocast
         if self._samplewise:
@@ -238,6 +270,19 @@ class Problem:
         else:
             jacobian = AutogradJacobian.at(self.output, z, self.count)
         return ResidualJacobian(jacobian, shifted=self.kind == "fixed_point")
+
+    def linearize_target(self, z: Tensor, evaluation: Evaluation) -> AutogradJacobian | ResidualJacobian:
+        """`−∂t/∂z` of what methods of least squares make small (see `Evaluation.target`), `m × n`."""
+        if not isinstance(self.fn, Gradient) or not self.fn.squares:
+            return self.linearize(z, evaluation.value)
+
+        gradient = self.fn
+
+        def residuals(z: Tensor) -> Tensor:
+            self._counted[0] += 1
+            return gradient.rows(self.layout.unpack(z), *self.args)
+
+        return AutogradJacobian.at(residuals, z, self.count)
 
     def count(self, products: int) -> None:
         """Add Jacobian products to the evaluations."""

@@ -7,13 +7,28 @@ from torch import Tensor
 
 from ._books import Outcome
 from ._iterate import iterate
-from ._problem import Problem
+from ._norms import two
+from ._problem import Evaluation, Problem
+from ._progress import Progress
 from ._solution import Status
 from ._tolerance import Tolerance
+from .linear import Cascade
 from .solvers import Method, Stage
 
+_FAR = 3.0
+_SHORT = 1e-2
+_STARTS = ((0.1, 0.0), (-1.0, 0.0), (0.0, 1.0), (0.0, 0.0), (0.0, -1.0))
+"""Factors and shifts that make another start of one."""
 
-def solve(problem: Problem, method: Method, start: Tensor, max_steps: int | None, keep_trace: bool) -> Outcome:
+
+def solve(
+    problem: Problem,
+    method: Method,
+    start: Tensor,
+    max_steps: int | None,
+    keep_trace: bool,
+    progress: Progress | None = None,
+) -> Outcome:
     """Run the stages of a method from `start`, `(B, n)`, each on the samples that those before it left unsolved.
 
     A sample goes from stage to stage by itself: where it begins is its own best iterate, or its own start. It ends as
@@ -25,20 +40,72 @@ def solve(problem: Problem, method: Method, start: Tensor, max_steps: int | None
         start: z0.
         max_steps: of all stages together; None is what the stages say.
         keep_trace: keep the residuals of every step.
+        progress: told of every step.
     """
     first, *others = method.stages(problem)
-    tolerance = Tolerance(problem, method, problem.evaluate(start)) if others else None
-    outcome = iterate(problem, first, start, _within(first, max_steps, 0), keep_trace, tolerance)
-    if outcome.clean:
-        return outcome
-    for stage in others:
+    evaluation = problem.evaluate(start)
+    if others:
+        start, evaluation = _finite_start(problem, start, evaluation)
+    tolerance = Tolerance(problem, method, start, evaluation)
+    steps = _within(first, max_steps, 0) if others or max_steps is None else max_steps
+    outcome = iterate(problem, first, start, steps, keep_trace, tolerance, evaluation=evaluation, progress=progress)
+    for turn, stage in enumerate(others):
+        if outcome.clean:
+            break
         left = outcome.status != int(Status.CONVERGED)
         steps = _within(stage, max_steps, int(outcome.steps.max()))
         if not steps or not bool(left.any()):
             break
         z = start if stage.start == "z0" else outcome.z
-        outcome = _merge(outcome, iterate(problem, stage, z, steps, keep_trace, tolerance, only=left), left)
-    return outcome
+        if stage.spread:
+            z = z + stage.spread * _size(start) * _direction(z, turn)
+        found = iterate(problem, stage, z, steps, keep_trace, tolerance, only=left, progress=progress)
+        outcome = _merge(outcome, found, left)
+    return _without_escapes(problem, start, outcome) if others and problem.kind == "root" else outcome
+
+
+def _without_escapes(problem: Problem, start: Tensor, outcome: Outcome) -> Outcome:
+    """Take back the success of samples that ran away to where fn only decays to zero, as `exp(−z)` does.
+
+    What tells them from roots is Newton's step, which for them is still long beside the way they have come. It is
+    looked at where that way is far longer than the start is large.
+    """
+    way = two(outcome.z - start)
+    far = (outcome.status == int(Status.CONVERGED)) & (way > _FAR * (two(start) + start.shape[1] ** 0.5))
+    if not bool(far.any()):
+        return outcome
+    evaluation = problem.evaluate(outcome.z)
+    residual = torch.where(far[:, None], evaluation.residual, 0.0)
+    step = Cascade().solve(problem.linearize(outcome.z, evaluation.value), residual, 0.1, verify=False)
+    escaped = far & (step.status == int(Status.CONVERGED)) & (two(step.value) > _SHORT * way)
+    status = torch.where(escaped, int(Status.DIVERGED), outcome.status)
+    return replace(outcome, status=status, clean=outcome.clean and not bool(escaped.any()))
+
+
+def _finite_start(problem: Problem, start: Tensor, evaluation: Evaluation) -> tuple[Tensor, Evaluation]:
+    """A start at which fn is finite, in the place of one at which it is not, where one of a few is."""
+    for factor, shift in _STARTS:
+        lost = ~evaluation.residual.isfinite().all(dim=1)
+        if not bool(lost.any()):
+            break
+        # A start that is not finite itself counts as 1.
+        other = torch.where(lost[:, None], torch.where(start.isfinite(), start, 1.0) * factor + shift, start)
+        trial = problem.evaluate(other)
+        found = lost & trial.residual.isfinite().all(dim=1)
+        start, evaluation = torch.where(found[:, None], other, start), trial.where(found, evaluation)
+    return start, evaluation
+
+
+def _size(start: Tensor) -> Tensor:
+    """The size of each unknown at the start, `(B, n)`: its own, or where it is small that of all; 1 where all are 0."""
+    typical = start.square().mean(dim=1, keepdim=True).sqrt()
+    return torch.maximum(start.abs(), torch.where(typical > 0, typical, 1.0))
+
+
+def _direction(z: Tensor, turn: int) -> Tensor:
+    """Numbers in [−1, 1] without a pattern, `(n,)`, the same for every sample and on every machine."""
+    random = torch.Generator().manual_seed(turn)
+    return (2 * torch.rand(z.shape[1], generator=random, dtype=torch.float64) - 1).to(z)
 
 
 def _within(stage: Stage, max_steps: int | None, taken: int) -> int:

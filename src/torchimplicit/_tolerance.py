@@ -22,23 +22,29 @@ class Tolerance:
     Attributes:
         norm: the solver's norm, `(B, n) -> (B,)`.
         first: the initial residual's norm, `(B,)`.
+        asks_more: whether a residual within the limit must be `confirmed` too.
     """
 
-    def __init__(self, problem: Problem, method: Method, start: Evaluation) -> None:
+    def __init__(self, problem: Problem, method: Method, z0: Tensor, start: Evaluation) -> None:
         self.norm: Callable[[Tensor], Tensor] = norm_function(method.norm)
         self._problem = problem
         epsilon = problem.epsilon
-        self._rtol = epsilon ** (2 / 3) if method.rtol is None else method.rtol
+        # Roots are compared with where they began, and solved superlinearly: to ask for more costs no more than a step.
+        default = epsilon ** (2 / 3 if problem.kind == "fixed_point" else 3 / 4)
+        self._rtol = default if method.rtol is None else method.rtol
         first = self.first = self.norm(start.residual)
         # Without an absolute tolerance of the user's a residual reduced by 1/ε counts as zero: it has no units.
         self._atol = method.atol if method.atol is not None else epsilon * _finite(first)
         self._least = method.atol or 0.0
+        self._z0 = z0
+        self.asks_more = problem.kind != "fixed_point" and method.rtol is None
 
     def select(self, samples: Tensor, problem: Problem) -> "Tolerance":
         """The tolerance of some samples alone, by their indices."""
         part = copy(self)
         part._problem = problem
         part.first = self.first.index_select(0, samples)
+        part._z0 = self._z0.index_select(0, samples)
         if isinstance(self._atol, Tensor):
             part._atol = self._atol.index_select(0, samples)
         return part
@@ -59,6 +65,16 @@ class Tolerance:
         limit = self._atol + rtol * scale
         # A residual that has not fallen is no evidence, however far z has run: z ← z + c passes any relative test.
         return limit if peak is None else torch.minimum(limit, self._fallen(peak))
+
+    def confirmed(self, z: Tensor, evaluation: Evaluation, norm: Tensor) -> Tensor:
+        """Whether a root is as near as its residual is small, `(B,)`; asked of the default tolerance only.
+
+        Far from a root fn may be so large that anything is small beside it: what matters then is that z need move by
+        no more than `√ε` of its size, or of the way it has come, for fn to change by as much as is left of it.
+        """
+        size = torch.maximum(z.abs(), (z - self._z0).square().mean(dim=1, keepdim=True).sqrt())
+        change = self._noise(self._problem, z, evaluation, self._problem.epsilon**0.5 * size)
+        return (norm <= self.norm(change)) | (norm <= self._least)
 
     def credible(self, problem: Problem, z: Tensor, peak: Tensor) -> Tensor | None:
         """Whether a fixed point's rounding is small beside the fall of its residual, `(B,)`; None for a root.
@@ -84,21 +100,21 @@ class Tolerance:
         scale = problem.scale(evaluation, self.norm)
         if scale is not None:
             return (norm <= _REACH * epsilon * scale) & (_REACH * epsilon * scale <= self._fallen(peak))
-        noise = self._noise(problem, z, evaluation, _REACH * epsilon)
+        noise = self._noise(problem, z, evaluation, _REACH * epsilon * z)
         within = (evaluation.residual.abs() <= noise).all(dim=1)
         small = norm <= epsilon**0.5 * torch.maximum(peak, _finite(self.first))
         if bool((within & ~small).any()):
-            further = self._noise(problem, z, evaluation, _FURTHER * _REACH * epsilon)
+            further = self._noise(problem, z, evaluation, _FURTHER * _REACH * epsilon * z)
             small |= self.norm(further) >= 0.5 * _FURTHER * self.norm(noise)
         return within & small
 
     @staticmethod
-    def _noise(problem: Problem, z: Tensor, evaluation: Evaluation, size: float) -> Tensor:
-        """How much each component of fn changes, to first order, when z moves by a relative `size`, `(B, n)`."""
+    def _noise(problem: Problem, z: Tensor, evaluation: Evaluation, size: Tensor) -> Tensor:
+        """How much each component of fn changes, to first order, when z moves by `size`, `(B, n)` both."""
         noise = torch.zeros_like(z)
         signs = torch.ones(z.shape[1], dtype=z.dtype, device=z.device)
         for pattern in (signs, signs.cumsum(0).remainder(2) * 2 - 1):
-            moved = problem.evaluate(z + size * pattern * z)
+            moved = problem.evaluate(z + size * pattern)
             noise = torch.maximum(noise, (moved.residual - evaluation.residual).abs())
         return noise
 

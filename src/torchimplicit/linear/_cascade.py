@@ -45,52 +45,48 @@ class Cascade(LinearSolver):
         found = self.neumann._solve(operator, b, rtol, verify)
         if found.solved:
             return found
-        found = self._continue(operator, b, rtol, verify, found, _left(found))
-        if not found.solved and b.shape[0] * b.shape[1] ** 2 * b.element_size() <= self.dense_limit:
-            left = _left(found)
-            again = LU().solve(operator, torch.where(left[:, None], b, 0.0), rtol, verify)
-            found = _merge(left, again, found, found.steps)
+        left, operator, b, rtol = _left(found, operator, b, rtol)
+        more = self._continue(operator, b, rtol, verify, found.value.index_select(0, left))
+        found = _merge(found, left, more)
+        if more.solved:
+            return found
+        lost, operator, b, rtol = _left(more, operator, b, rtol)
+        if b.shape[0] * b.shape[1] ** 2 * b.element_size() <= self.dense_limit:
+            found = _merge(found, left.index_select(0, lost), LU().solve(operator, b, rtol, verify))
         return found
 
     def _continue(
-        self,
-        operator: LinearOperator,
-        b: Tensor,
-        rtol: float | Tensor,
-        verify: bool,
-        found: LinearSolution,
-        left: Tensor,
+        self, operator: LinearOperator, b: Tensor, rtol: float | Tensor, verify: bool, start: Tensor
     ) -> LinearSolution:
-        """GMRES on the residual equation of the samples left."""
-        size = two(b)
-        residual = torch.where(left[:, None], b - operator.mv(found.value), 0.0)
+        """GMRES on the residual equation of samples, from what Neumann left."""
+        size, residual = two(b), b - operator.mv(start)
         norm = two(residual)
-        # What Neumann made worse starts again from zero.
-        worse = left & ~(norm < size)
-        start = torch.where(worse[:, None], 0.0, found.value)
-        residual = torch.where(worse[:, None], b, residual)
-        norm = torch.where(worse, size, norm)
-        needed = torch.where(left & (norm > 0), rtol * size / norm, 1.0)
+        needed = torch.where(norm > 0, rtol * size / norm, 1.0)
         more = self.gmres.solve(operator, residual, needed, verify)
         relative = more.residual * norm / torch.where(size > 0, size, 1.0)
         usable = more.status < int(Status.DIVERGED)
         value = torch.where(usable[:, None], start + more.value, 0.0)
         relative = torch.where(usable, relative, torch.where(relative.isfinite(), 1.0, torch.inf))
-        total = LinearSolution(value, more.status, relative, more.steps, more.solved)
-        return _merge(left, total, found, found.steps + more.steps)
+        return LinearSolution(value, more.status, relative, more.steps, more.solved)
 
 
-def _left(found: LinearSolution) -> Tensor:
-    """Samples not solved that may yet be."""
-    return found.status != int(Status.CONVERGED)
+def _left(
+    found: LinearSolution, operator: LinearOperator, b: Tensor, rtol: float | Tensor
+) -> tuple[Tensor, LinearOperator, Tensor, float | Tensor]:
+    """The samples not solved, by their indices, and the systems of these alone."""
+    left = (found.status != int(Status.CONVERGED)).nonzero()[:, 0]
+    if left.numel() == b.shape[0]:
+        return left, operator, b, rtol
+    rtol = rtol.index_select(0, left) if isinstance(rtol, Tensor) and rtol.ndim else rtol
+    return left, operator.select(left), b.index_select(0, left), rtol
 
 
-def _merge(chosen: Tensor, new: LinearSolution, old: LinearSolution, steps: Tensor) -> LinearSolution:
-    """`new` for the chosen samples, which are all that were left of `old`."""
+def _merge(old: LinearSolution, samples: Tensor, new: LinearSolution) -> LinearSolution:
+    """`new` for some samples, which are all that were left of `old`; their steps add up."""
     return LinearSolution(
-        torch.where(chosen[:, None], new.value, old.value),
-        torch.where(chosen, new.status, old.status),
-        torch.where(chosen, new.residual, old.residual),
-        steps,
+        old.value.index_copy(0, samples, new.value),
+        old.status.index_copy(0, samples, new.status),
+        old.residual.index_copy(0, samples, new.residual),
+        old.steps.index_add(0, samples, new.steps),
         new.solved,
     )

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from .._norms import two
-from .._solution import Status
+from ._krylov import Rows, solve_in_cycles
+from ._preconditioner import Preconditioner, require_preconditioner
 from ._solver import LinearOperator, LinearSolution, LinearSolver
 
 _PROGRESS = 0.9
@@ -27,91 +28,62 @@ class GMRES(LinearSolver):
     3. Every restart starts from the recomputed residual, and a sample is CONVERGED only if that one says so
        (`verify=False` trusts the updated one, for steps whose effect is measured anyway).
 
-    A sample whose Krylov space is exhausted above the tolerance is SINGULAR; one that runs out of steps is MAX_STEPS.
+    A sample whose Krylov space is exhausted above the tolerance is SINGULAR; one that runs out of steps is MAX_STEPS,
+    and one whose last cycle gained nothing is STALLED: a larger `restart` may help. Samples that are done leave the
+    batch between cycles when at most half remain.
 
     Args:
         restart: basis vectors kept before a restart. Memory `2·B·restart·n`.
-        max_steps: products taken at most, over all restarts.
+        max_steps: products at most, over all restarts, in each sample.
+        preconditioner: a callable that is given the operator once per solve and returns `p -> M⁻¹p` on `(B, n)`, such
+            as `Jacobi()`; applied from the right, so residuals stay those of the system. It need not be linear, nor
+            the same in every step (Saad's flexible GMRES, 1993). If it has a method `select(samples)`, samples that
+            are done may leave the batch.
     """
 
     restart: int = 20
     max_steps: int = 200
+    preconditioner: Preconditioner | None = None
 
     def __post_init__(self) -> None:
         """Validate."""
         self._require_count("restart", 1)
         self._require_count("max_steps", 1)
+        require_preconditioner(self, self.preconditioner)
 
     def _solve(self, operator: LinearOperator, b: Tensor, rtol: float | Tensor, verify: bool) -> LinearSolution:
         """Solve `A x = b`, `b` `(B, n)`, until `‖b − A x‖ ≤ rtol·‖b‖` in each sample."""
-        size = two(b)
-        finite = size.isfinite()
-        target = torch.where(finite, rtol * size, 0.0)
-        run = _Run(
-            value=torch.zeros_like(b),
-            residual=torch.where(finite[:, None], b, 0.0),
-            active=finite & (size > target),
-            exhausted=torch.zeros_like(finite),
-            steps=torch.zeros(b.shape[0], dtype=torch.long, device=b.device),
-        )
-        taken, previous = 0, two(run.residual)
-        while taken < self.max_steps and bool(run.active.any()):
-            taken += _cycle(operator, run, target, min(self.restart, self.max_steps - taken))
-            if verify:
-                run.residual = torch.where(finite[:, None], b - operator.mv(run.value), 0.0)
-            norm = two(run.residual)
-            run.exhausted &= ~(norm <= target)
-            # A cycle that gained nothing will not gain in the next one: GMRES(restart) has stagnated.
-            run.active = (norm > target) & (norm < 0.99 * previous) & ~run.exhausted & finite
-            previous = norm
-        return self._report(run, size, finite, target)
 
-    @staticmethod
-    def _report(run: "_Run", size: Tensor, finite: Tensor, target: Tensor) -> LinearSolution:
-        norm = two(run.residual)
-        status = torch.where(norm <= target, int(Status.CONVERGED), int(Status.MAX_STEPS))
-        status = torch.where(run.exhausted, int(Status.SINGULAR), status)
-        status = torch.where(finite & norm.isfinite(), status, int(Status.NONFINITE))
-        usable = (status == int(Status.CONVERGED)) | (status == int(Status.MAX_STEPS))
-        relative = torch.where(size > 0, norm / size, 0.0)
-        return LinearSolution(
-            torch.where(usable[:, None], run.value, 0.0),
-            status,
-            torch.where(status == int(Status.NONFINITE), torch.inf, relative),
-            run.steps,
-            not bool(status.any()),
+        def cycle(rows: Rows, length: int, earlier: int) -> None:
+            del earlier
+            _cycle(rows, min(length, self.restart))
+
+        return solve_in_cycles(
+            cycle, operator, b, rtol, verify, max_steps=self.max_steps, preconditioner=self.preconditioner
         )
 
 
-@dataclass
-class _Run:
-    """The state of a solve; every field has the batch first."""
-
-    value: Tensor
-    residual: Tensor
-    active: Tensor
-    exhausted: Tensor
-    steps: Tensor
-
-
-def _cycle(operator: LinearOperator, run: _Run, target: Tensor, length: int) -> int:
-    """One restart cycle of at most `length` products; updates `run` in place and returns the products taken.
+def _cycle(rows: Rows, length: int) -> None:
+    """One restart cycle of at most `length` products.
 
     With directions `D`, `A D = Q R`: `Q` orthonormal, `R` upper triangular. The residual loses its part along each
     new column of `Q`, `w = Qᵀ r`, and `x += D R⁻¹ w` at the end. A sample that is done has the weight 0 from then on.
+    With a preconditioner `D` holds `M⁻¹` times the direction, so that `x` needs no more of it.
     """
-    batch, n = run.residual.shape
-    limits = torch.finfo(run.residual.dtype)
-    directions, basis = run.residual.new_empty(2, batch, length, n)
-    triangle = run.residual.new_zeros(batch, length, length)
-    weights = run.residual.new_zeros(batch, length, 1)
-    zero = run.residual.new_zeros(())
-    residual, norm, active = run.residual, two(run.residual), run.active
+    batch, n = rows.residual.shape
+    limits = torch.finfo(rows.residual.dtype)
+    directions, basis = rows.residual.new_empty(2, batch, length, n)
+    triangle = rows.residual.new_zeros(batch, length, length)
+    weights = rows.residual.new_zeros(batch, length, 1)
+    zero = rows.residual.new_zeros(())
+    residual, norm, steps = rows.residual, rows.norm, rows.steps
+    active = norm > rows.target
     direction = residual / norm.clamp_min(limits.tiny)[:, None]
     taken = 0
     while taken < length:
+        direction = rows.apply(direction)
         directions[:, taken] = direction
-        image = operator.mv(direction)
+        image = rows.operator.mv(direction)
         whole = two(image)
         if taken:
             known = basis[:, :taken]
@@ -123,15 +95,15 @@ def _cycle(operator: LinearOperator, run: _Run, target: Tensor, length: int) -> 
         size = size.clamp_min(limits.tiny)
         triangle[:, taken, taken] = size
         column = torch.div(image, size[:, None], out=basis[:, taken])
-        run.exhausted |= active & ~fresh
-        run.steps += active
+        steps = steps + active
         active = active & fresh
         weight = torch.where(active, torch.linalg.vecdot(residual, column), zero)
         weights[:, taken, 0] = weight
         residual = torch.addcmul(residual, weight[:, None], column, value=-1)
         taken += 1
         previous, norm = norm, two(residual)
-        active = active & (norm > target)
+        rows.rest(taken)
+        active = active & (norm > rows.target)
         if taken == length or not bool(active.any()):
             break
         direction = residual / norm.clamp_min(limits.tiny)[:, None]
@@ -139,6 +111,7 @@ def _cycle(operator: LinearOperator, run: _Run, target: Tensor, length: int) -> 
         if bool(stagnant.any()):
             direction = torch.where(stagnant[:, None], column, direction)
     coefficients = torch.linalg.solve_triangular(triangle[:, :taken, :taken], weights[:, :taken], upper=True)
-    run.value = run.value + torch.bmm(coefficients.mT.contiguous(), directions[:, :taken])[:, 0]
-    run.residual = residual
-    return taken
+    rows.value = rows.value + torch.bmm(coefficients.mT.contiguous(), directions[:, :taken])[:, 0]
+    rows.residual, rows.norm, rows.steps = residual, norm, steps
+    # Nothing else makes a sample above its target give up.
+    rows.singular = rows.singular | (norm > rows.target) & ~active

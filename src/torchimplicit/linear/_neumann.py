@@ -18,8 +18,8 @@ class Neumann(LinearSolver):
 
     A step is one product and one addition; every twelfth time the norms are looked at, and samples that are done leave
     the batch. `GMRES` needs fewer steps, but each costs several times as much beside the product. A sample whose
-    residual does not fall by `slowest` per step, measured over `patience` looks at it, is given up as MAX_STEPS with
-    what it has.
+    residual does not fall by `slowest` per step, measured over `patience` looks at it, is given up as STALLED; one
+    that runs out of steps is MAX_STEPS. Either has what was summed for its value, or zero if that is no better.
 
     Args:
         max_steps: products at most.
@@ -67,7 +67,7 @@ class Neumann(LinearSolver):
                 rows.reference = rows.norm
         if verify and taken:
             found.norm = two(b - operator.mv(found.value))
-        return _report(found, size, target)
+        return _report(found, size, target, self.max_steps)
 
 
 @dataclass
@@ -118,14 +118,16 @@ class _Found:
             self.steps.index_fill_(0, rows.samples, taken)
 
 
-def _report(found: _Found, size: Tensor, target: Tensor) -> LinearSolution:
+def _report(found: _Found, size: Tensor, target: Tensor, max_steps: int) -> LinearSolution:
     within = found.norm <= target
     solved = bool(within.all())
     relative = found.norm / size.clamp_min(torch.finfo(size.dtype).tiny)
     if solved:
         return LinearSolution(found.value, torch.zeros_like(found.steps), relative, found.steps, True)
     finite = found.norm.isfinite()
-    status = torch.where(within, int(Status.CONVERGED), int(Status.MAX_STEPS))
+    status = torch.where(found.steps < max_steps, int(Status.STALLED), int(Status.MAX_STEPS))
+    status = torch.where(within, int(Status.CONVERGED), status)
     status = torch.where(finite, status, int(Status.NONFINITE))
-    value = torch.where(finite[:, None], found.value, 0.0)
-    return LinearSolution(value, status, torch.where(finite, relative, torch.inf), found.steps, False)
+    value = torch.where((within | (found.norm < size))[:, None], found.value, 0.0)
+    # x = 0 has the residual 1.
+    return LinearSolution(value, status, torch.where(finite, relative.clamp_max(1.0), torch.inf), found.steps, False)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Protocol, Self
 
 import torch
@@ -13,10 +14,11 @@ class JacobianOperator(Protocol):
 
     A function or cell may supply its own in closed form: give it a method `linearize(z, value, *args)` that returns
     an object with `mv(p)` and `rmv(u)` on tensors shaped like z, and `dense()` of shape `(B, n, n)`. `value` is
-    `fn(z, *args)`, already known. Two methods are optional. `select(samples)` gives the operator of some samples alone,
-    by their indices, so that an iteration can go on with those that need it. `neumann(p, terms, transposed)` gives
-    `Σₖ Jᵏ p` over `k < terms` and `J^terms p`, `Jᵀ` for `J` if transposed, where that is cheaper together than product
-    by product. `torchimplicit.nn.TanhEquilibrium` has both.
+    `fn(z, *args)`, already known. Three methods are optional. `select(samples)` gives the operator of some samples
+    alone, by their indices, so that an iteration can go on with those that need it. `neumann(p, terms, transposed)`
+    gives `Σₖ Jᵏ p` over `k < terms` and `J^terms p`, `Jᵀ` for `J` if transposed, where that is cheaper together than
+    product by product; `torchimplicit.nn.TanhEquilibrium` has these two. `diagonal()` gives the diagonal of `J`, shaped
+    like z, to the preconditioner `Jacobi`, where that is cheaper than `dense()`.
     """
 
     def mv(self, p: Tensor) -> Tensor:
@@ -37,14 +39,14 @@ Count = Callable[[int], None]
 
 @dataclass(frozen=True)
 class AutogradJacobian:
-    """`J` of a function `(B, n) -> (B, n)` by automatic differentiation of one recorded evaluation.
+    """`J` of a function `(B, n) -> (B, m)` by automatic differentiation of one recorded evaluation.
 
-    `rmv` is reverse mode. `mv` is the reverse of the (linear) map `u ↦ Jᵀu`, which needs no forward-mode formulas.
-    `dense` takes the `n` rows by `vmap` over reverse mode (as `torch.func.jacrev`); because samples are independent,
-    row `i` of every sample comes from one product.
+    `rmv` is reverse mode. `mv` is the reverse of the (linear) map `u ↦ Jᵀu`, which needs no forward-mode formulas and
+    is recorded once. `dense` takes the `m` rows by `vmap` over reverse mode (as `torch.func.jacrev`); because samples
+    are independent, row `i` of every sample comes from one product.
 
     Attributes:
-        output: fn's value `(B, n)`, with its graph.
+        output: fn's value `(B, m)`, with its graph.
         state: the `(B, n)` leaf that graph starts from.
         count: told the number of products taken.
     """
@@ -64,20 +66,27 @@ class AutogradJacobian:
         """`J p`."""
         self.count(1)
         if not self.output.requires_grad:
-            return torch.zeros_like(p)
+            return torch.zeros_like(self.output)
+        u, transposed = self._transposed
+        if not transposed.requires_grad:
+            return torch.zeros_like(self.output)
+        with torch.inference_mode(False):
+            (product,) = torch.autograd.grad(transposed, u, p, retain_graph=True, materialize_grads=True)
+        return product
+
+    @cached_property
+    def _transposed(self) -> tuple[Tensor, Tensor]:
+        """`u` and `Jᵀ u`, with the graph between them."""
         with torch.inference_mode(False), torch.enable_grad():
             u = torch.zeros_like(self.output, requires_grad=True)
             (transposed,) = torch.autograd.grad(self.output, self.state, u, create_graph=True, materialize_grads=True)
-            if not transposed.requires_grad:
-                return torch.zeros_like(p)
-            (product,) = torch.autograd.grad(transposed, u, p, materialize_grads=True)
-        return product.detach()
+        return u, transposed
 
     def rmv(self, u: Tensor) -> Tensor:
         """`Jᵀ u`."""
         self.count(1)
         if not self.output.requires_grad:
-            return torch.zeros_like(u)
+            return torch.zeros_like(self.state)
         (product,) = torch.autograd.grad(self.output, self.state, u, retain_graph=True, materialize_grads=True)
         return product
 
@@ -86,13 +95,14 @@ class AutogradJacobian:
         return PartialJacobian(self, self.state.shape[0], samples)
 
     def dense(self) -> Tensor:
-        """`J`, `(B, n, n)`."""
+        """`J`, `(B, m, n)`."""
         batch, n = self.state.shape
-        self.count(n)
-        if not self.output.requires_grad or n == 0:
-            return self.state.new_zeros(batch, n, n)
-        basis = torch.eye(n, dtype=self.state.dtype, device=self.state.device)
-        rows = basis[:, None, :].expand(n, batch, n)
+        m = self.output.shape[1]
+        self.count(m)
+        if not self.output.requires_grad or m * n == 0:
+            return self.state.new_zeros(batch, m, n)
+        basis = torch.eye(m, dtype=self.state.dtype, device=self.state.device)
+        rows = basis[:, None, :].expand(m, batch, m)
         try:
             (jacobian,) = torch.autograd.grad(
                 self.output, self.state, rows, retain_graph=True, is_grads_batched=True, materialize_grads=True
@@ -104,9 +114,13 @@ class AutogradJacobian:
                 for row in rows
             ]
             jacobian = torch.stack(products)
-        if jacobian.shape != rows.shape:  # what torch materialises where the output does not depend on the state
-            jacobian = torch.zeros_like(rows)
+        if jacobian.shape != (m, batch, n):  # what torch materialises where the output does not depend on the state
+            jacobian = self.state.new_zeros(m, batch, n)
         return jacobian.transpose(0, 1)
+
+    def diagonal(self) -> Tensor:
+        """Of `J`, `(B, n)`; costs as much as `dense`."""
+        return self.dense().diagonal(dim1=1, dim2=2)
 
 
 @dataclass(frozen=True)
@@ -157,6 +171,13 @@ class SuppliedJacobian:
         batch, n = self.matrix_shape
         return self.operator.dense().reshape(batch, n, n)
 
+    def diagonal(self) -> Tensor:
+        """Of `J`, `(B, n)`."""
+        if not hasattr(self.operator, "diagonal"):
+            return self.dense().diagonal(dim1=1, dim2=2)
+        self.count(1)
+        return self.operator.diagonal().reshape(self.matrix_shape)
+
 
 @dataclass(frozen=True)
 class PartialJacobian:
@@ -177,6 +198,10 @@ class PartialJacobian:
     def dense(self) -> Tensor:
         """`J`, `(rows, n, n)`."""
         return self.whole.dense().index_select(0, self.samples)
+
+    def diagonal(self) -> Tensor:
+        """Of `J`, `(rows, n)`."""
+        return self.whole.diagonal().index_select(0, self.samples)
 
     def select(self, samples: Tensor) -> "PartialJacobian":
         """`J` of some of the rows alone."""
@@ -224,6 +249,11 @@ class ResidualJacobian:
         if not self.shifted:
             return matrix
         return torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device) - matrix
+
+    def diagonal(self) -> Tensor:
+        """Of `A`, `(B, n)`."""
+        diagonal = self.jacobian.diagonal()
+        return 1.0 - diagonal if self.shifted else diagonal
 
     def select(self, samples: Tensor) -> "ResidualJacobian":
         """`A` of some samples alone, by their indices."""

@@ -41,10 +41,15 @@ _SAFE = 1e12
 class LinearSolution:
     """What a linear solver found, per sample.
 
+    The statuses: CONVERGED, solved to the tolerance asked for, or by a direct method as exactly as rounding allows.
+    MAX_STEPS and STALLED, not solved, because the steps ran out or would gain no more (as where the system has no
+    solution); the value is the best that was found, and may be used as a step. SINGULAR, the matrix was found to be
+    one that the method cannot solve with, and NONFINITE, it or b is NaN or infinite: there is no value to use.
+
     Attributes:
-        value: `(B, n)`; zero where `status` says SINGULAR or NONFINITE.
+        value: `(B, n)`, always finite; zero where `status` says SINGULAR or NONFINITE.
         status: `(B,)`, members of `Status`.
-        residual: `(B,)`, relative residual `‖b − A x‖ / ‖b‖` (0 where b = 0).
+        residual: `(B,)`, relative residual `‖b − A x‖ / ‖b‖` of the value (0 where b = 0, infinite where NONFINITE).
         steps: `(B,)`, iterations taken (0 for a direct solver).
         solved: whether every sample is CONVERGED, known to the host.
     """
@@ -87,7 +92,7 @@ class LinearSolver(Options, ABC):
             # A power of two, so that the scaling rounds nothing.
             scale = torch.ldexp(torch.ones_like(size), torch.frexp(size).exponent - 1)[:, None]
             found = self._solve(operator, b / scale, rtol, verify)
-            return replace(found, value=found.value * scale)
+            return _without_overflow(replace(found, value=found.value * scale))
         finite = size.isfinite()
         found = self.solve(operator, torch.where(finite[:, None], b, 0.0), rtol, verify)
         status = torch.where(finite, found.status, int(Status.NONFINITE))
@@ -97,3 +102,17 @@ class LinearSolver(Options, ABC):
     @abstractmethod
     def _solve(self, operator: LinearOperator, b: Tensor, rtol: float | Tensor, verify: bool) -> LinearSolution:
         """`solve` for right-hand sides of moderate size, or zero."""
+
+
+def _without_overflow(found: LinearSolution) -> LinearSolution:
+    """A value beyond the range of the dtype is none."""
+    finite = found.value.isfinite().all(dim=1)
+    if bool(finite.all()):
+        return found
+    return LinearSolution(
+        torch.where(finite[:, None], found.value, 0.0),
+        torch.where(finite, found.status, int(Status.NONFINITE)),
+        torch.where(finite, found.residual, torch.inf),
+        found.steps,
+        False,
+    )

@@ -1,6 +1,6 @@
-"""Anderson acceleration (type II) with a relative ridge, per-sample safeguard and restart."""
+"""Anderson acceleration (type II) on an orthonormal history, with per-sample safeguard and restart."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -13,25 +13,23 @@ from ._base import Solver, Step, hold
 
 @dataclass
 class _History:
-    """Differences of the last iterates of each sample, in a ring of `m` rows; empty rows are zero.
+    """Differences of the last iterates of each sample, orthonormalised, in a ring of `m` rows; empty rows are zero.
 
     Attributes:
-        pairs: rows `[Δr | Δz + mixing·Δr] / ‖Δr‖`, `(B, m, 2n)`.
-        gram: of the left halves, `(B, m, m)`, with the ridge on its diagonal of ones.
+        pairs: rows `[q | w]`, `(B, m, 2n)`: `q` of the differences of r, `w` the same combination of `Δz + mixing·Δr`.
         norm: of the residual at the current iterate, `(B,)`.
-        filled: whether a sample has any history, `(B,)`.
         wait: plain steps to take before acceleration is tried again, `(B,)`.
         pause: length of the next wait, `(B,)`.
+        rows: how many rows have been written.
         next: the row that the next difference overwrites.
         waiting: whether any sample waits.
     """
 
     pairs: Tensor
-    gram: Tensor
     norm: Tensor
-    filled: Tensor
     wait: Tensor
     pause: Tensor
+    rows: int = 0
     next: int = 0
     waiting: bool = False
 
@@ -42,10 +40,11 @@ class Anderson(Solver[_History]):
 
     With the last `m` differences `ΔR`, `ΔZ` as columns, `z ← z + β r − (ΔZ + β ΔR) γ`, `γ = argmin ‖r − ΔR γ‖`.
 
-    1. The least-squares problem is solved by normal equations whose columns are scaled to unit length first, with a
-       ridge *relative* to them: a ridge in absolute units stalls once the residuals are smaller than it.
-    2. The scaled Gram matrix has 1 + ridge on its diagonal, so dependent columns are survived; a column of length
-       zero (a sample at rest) gets the coefficient 0.
+    1. Each new difference is made orthogonal to the history by Gram–Schmidt and both its halves are scaled to
+       `‖q‖ = 1` (Tang, Xu, He, Saad & Xi 2024, "Anderson acceleration with truncated Gram–Schmidt"): `γ = Qᵀ r`, with
+       no least-squares problem and nothing that has units. For a linear map with a symmetric Jacobian `m = 3` is as
+       good as a history of everything: the steps are those of the conjugate residual method.
+    2. A difference of which hardly anything is new is dropped: dependent columns are survived.
     3. Safeguard: a sample whose residual more than doubles in a step, or is no longer finite, goes back to where it
        was, drops its history, and takes 1, 4, 16, … plain steps before it is accelerated again: where plain steps
        converge, it does.
@@ -53,12 +52,12 @@ class Anderson(Solver[_History]):
     Args:
         history: differences kept, `m`.
         mixing: β in (0, 2), the plain step's damping.
-        ridge: relative to the unit columns; None is `10 ε`.
+        drop_tolerance: the new part of a difference, relative to it, below which it is dropped; None is `√ε`.
     """
 
     history: int = 5
     mixing: float = 1.0
-    ridge: float | None = None
+    drop_tolerance: float | None = None
 
     max_steps: ClassVar[int] = 500
     patience: ClassVar[int] = 100
@@ -68,17 +67,14 @@ class Anderson(Solver[_History]):
         super().__post_init__()
         self._require_count("history", 1)
         self._require_number("mixing", 0.0, 2.0, inside=True)
-        self._require_number("ridge", 0.0, optional=True)
+        self._require_number("drop_tolerance", 0.0, 1.0, optional=True)
 
     def init(self, problem: Problem, z: Tensor, evaluation: Evaluation) -> _History:
         """An empty history."""
         batch, n = z.shape
-        m = min(self.history, max(n, 1))
         return _History(
-            pairs=z.new_zeros(batch, m, 2 * n),
-            gram=torch.eye(m, dtype=z.dtype, device=z.device).repeat(batch, 1, 1),
+            pairs=z.new_zeros(batch, min(self.history, max(n, 1)), 2 * n),
             norm=two(evaluation.residual),
-            filled=torch.zeros(batch, dtype=torch.bool, device=z.device),
             wait=torch.zeros(batch, dtype=torch.long, device=z.device),
             pause=torch.ones(batch, dtype=torch.long, device=z.device),
         )
@@ -88,34 +84,33 @@ class Anderson(Solver[_History]):
     ) -> Step[_History]:
         """One accelerated step; see the class."""
         n = z.shape[1]
-        residual = evaluation.residual
+        residual, known = evaluation.residual, state.pairs[:, : state.rows]
         moved = torch.add(z, residual, alpha=self.mixing)
-        accelerated = state.filled
-        if bool(accelerated.any()):
-            projection = torch.bmm(residual[:, None], state.pairs[:, :, :n].mT)[:, 0]
-            gamma, _ = torch.linalg.solve_ex(state.gram, projection)
+        if state.rows:
+            gamma = torch.linalg.vecdot(known[:, :, :n], residual[:, None])
             if state.waiting:
-                accelerated = accelerated & (state.wait == 0)
-                gamma = torch.where(accelerated[:, None], gamma, 0.0)
-            # A solution in LAPACK's column order would send the product below through a loop over the batch.
-            gamma = gamma.contiguous()
-            moved = torch.baddbmm(moved[:, None], gamma[:, None], state.pairs[:, :, n:], alpha=-1)[:, 0]
+                gamma = torch.where((state.wait == 0)[:, None], gamma, 0.0)
+            moved = torch.baddbmm(moved[:, None], gamma[:, None], known[:, :, n:], alpha=-1)[:, 0]
         new = hold(active, moved, z)
         found = problem.evaluate(new)
         norm = two(found.residual)
-        # Also true of NaN, in the residual or in the coefficients.
-        refused = ~(norm <= 2.0 * state.norm) & accelerated
         if state.waiting:
             state.wait = (state.wait - 1).clamp_min(0)
-        if bool(refused.any()):
-            keep = ~refused
-            _forget(state, keep)
-            new = hold(keep, new, z)
-            found = Evaluation(hold(keep, found.value, evaluation.value), residual=hold(keep, found.residual, residual))
-            norm = torch.where(keep, norm, state.norm)
-            state.wait = torch.where(keep, state.wait, state.pause)
-            state.pause = torch.where(keep, state.pause, 4 * state.pause)
-            state.waiting = True
+        if state.rows:
+            # Also true of NaN, in the residual or in the coefficients.
+            refused = (norm <= 2.0 * state.norm).logical_not_()
+            if state.waiting:
+                refused &= known.any(dim=2).any(dim=1)
+            if bool(refused.any()):
+                refused &= known.any(dim=2).any(dim=1)
+                keep = ~refused
+                state = replace(state, pairs=torch.where(keep[:, None, None], state.pairs, 0.0))
+                new = hold(keep, new, z)
+                found = found.where(keep, evaluation)
+                norm = torch.where(keep, norm, state.norm)
+                state.wait = torch.where(keep, state.wait, state.pause)
+                state.pause = torch.where(keep, state.pause, 4 * state.pause)
+                state.waiting = True
         self._remember(state, new - z, found.residual - residual)
         state.norm = norm
         return Step(new, found, state)
@@ -124,20 +119,18 @@ class Anderson(Solver[_History]):
         """Put a difference into the ring; one of length zero (a sample at rest, or refused) leaves an empty row."""
         n, row = dz.shape[1], state.next
         limits = torch.finfo(dr.dtype)
-        length = two(dr)
         pair = torch.cat((dr, torch.add(dz, dr, alpha=self.mixing)), dim=1)
-        torch.div(pair, length.clamp_min(limits.tiny)[:, None], out=state.pairs[:, row])
-        products = torch.bmm(state.pairs[:, row, None, :n], state.pairs[:, :, :n].mT)[:, 0]
-        products[:, row] = 1.0 + (10 * limits.eps if self.ridge is None else self.ridge)
-        state.gram[:, row, :] = products
-        state.gram[:, :, row] = products
-        torch.gt(length, 0.0, out=state.filled)
-        state.next = (row + 1) % state.gram.shape[1]
-
-
-def _forget(state: _History, keep: Tensor) -> None:
-    """Empty the history of the samples not in `keep`, `(B,)` bool."""
-    zero = state.gram.new_zeros(())
-    empty = torch.eye(state.gram.shape[1], dtype=state.gram.dtype, device=state.gram.device)
-    state.pairs = torch.where(keep[:, None, None], state.pairs, zero)
-    state.gram = torch.where(keep[:, None, None], state.gram, empty)
+        length = two(dr)
+        size = length
+        if state.rows:
+            known = state.pairs[:, : state.rows]
+            overlap = torch.linalg.vecdot(known[:, :, :n], dr[:, None])
+            if row < state.rows:
+                overlap[:, row] = 0.0  # the oldest, which goes
+            pair = torch.baddbmm(pair[:, None], overlap[:, None], known, alpha=-1)[:, 0]
+            size = two(pair[:, :n])
+        drop = limits.eps**0.5 if self.drop_tolerance is None else self.drop_tolerance
+        scale = torch.where(size > drop * length, size, torch.inf).clamp_min_(limits.tiny)
+        torch.div(pair, scale[:, None], out=state.pairs[:, row])
+        state.rows = max(state.rows, row + 1)
+        state.next = (row + 1) % state.pairs.shape[1]

@@ -47,6 +47,7 @@ class Stage:
         patience: steps between two looks at a sample's progress; None is the solver's own.
         progress: a sample whose best residual did not fall below this factor of the last look's has stalled.
         start: where the samples left by the stage before begin: at their best iterate, or at z0 again.
+        spread: how far from there, relative to the size of z0, in a direction that is the same for every sample.
     """
 
     solver: Solver[Any]
@@ -54,6 +55,7 @@ class Stage:
     patience: int | None = None
     progress: float | None = None
     start: Literal["best", "z0"] = "best"
+    spread: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,8 @@ class Method(Options, ABC):
     also have fallen, to half of the largest on the way or to `atol`: far enough out, `z ← z + c` would pass otherwise.
 
     Args:
-        rtol: relative tolerance; None is `ε^(2/3)` of the dtype (4e-11 in float64, 2e-5 in float32). Never
-            effective below `4ε`, which is what the dtype can reach.
+        rtol: relative tolerance; None is `ε^(2/3)` of the dtype (4e-11 in float64, 2e-5 in float32) for a fixed point
+            and `ε^(3/4)` (2e-12, 6e-6) for the others. Never effective below `4ε`, which is what the dtype can reach.
         atol: absolute tolerance in the units of the residual; None is `ε·‖r(z0)‖`, which has no units to get wrong.
         norm: `"rms"`, `"two"`, `"max"` or a callable `(B, n) -> (B,)`.
         check_every: steps between two looks at the residuals; larger values save time where fn is cheap, and
@@ -134,14 +136,18 @@ class Solver(Method, Generic[State]):
     def select(self, state: State, samples: Tensor) -> State:
         """The state of some samples alone, by their indices.
 
-        The batch is the first dim of every tensor in it, unless the field says otherwise, `metadata={"batch": dim}`.
+        Every tensor in it has the batch first; what has a method `select` of its own is asked for its part.
         """
         if state is None:
             return state
         parts = {}
         for f in fields(state):  # pyright: ignore[reportArgumentType]
             part = getattr(state, f.name)
-            parts[f.name] = part.index_select(f.metadata.get("batch", 0), samples) if isinstance(part, Tensor) else part
+            if isinstance(part, Tensor):
+                part = part.index_select(0, samples)
+            elif hasattr(part, "select"):
+                part = part.select(samples)
+            parts[f.name] = part
         return type(state)(**parts)
 
 
