@@ -17,6 +17,13 @@ SOLVERS: dict[str, ti.solvers.Solver] = {
     "anderson": ti.Anderson(rtol=TIGHT),
     "newton": ti.Newton(rtol=TIGHT),
     "newton_gmres": ti.Newton(rtol=TIGHT, linear_solver=ti.GMRES()),
+    "newton_krylov": ti.NewtonKrylov(rtol=TIGHT),
+    "chord": ti.Chord(rtol=TIGHT),
+    "broyden": ti.Broyden(rtol=TIGHT),
+    "broyden_bad": ti.Broyden(rtol=TIGHT, update="bad"),
+    "dogleg": ti.Dogleg(rtol=TIGHT),
+    "levenberg_marquardt": ti.LevenbergMarquardt(rtol=TIGHT),
+    "auto": ti.Auto(rtol=TIGHT),
 }
 EXACT = ti.Implicit(rtol=TIGHT)
 

@@ -20,7 +20,7 @@ PACKAGE = ROOT / "src" / "torchimplicit"
 # A room of the package may import from the rooms in the lines above its own, and from nowhere else in the package.
 FLOORS = [
     "_norms _options _solution _closure",
-    "_layout _report linear diagnostics _progress",
+    "_layout _report linear _progress",
     "_objective",
     "_problem",
     "solvers _adjoint _isolate",
@@ -31,6 +31,7 @@ FLOORS = [
     "_attach",
     "_call",
     "_api",
+    "diagnostics",
     "nn",
     "__init__",
     "experiments",

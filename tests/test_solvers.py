@@ -16,6 +16,15 @@ ALL = {
     "newton": ti.Newton(),
     "newton_gmres": ti.Newton(linear_solver=ti.GMRES()),
     "newton_cascade": ti.Newton(linear_solver=ti.Cascade(small=0)),
+    "newton_krylov": ti.NewtonKrylov(),
+    "newton_bicgstab": ti.NewtonKrylov(linear_solver=ti.BiCGStab()),
+    "chord": ti.Chord(),
+    "broyden": ti.Broyden(),
+    "broyden_bad": ti.Broyden(update="bad"),
+    "dogleg": ti.Dogleg(),
+    "levenberg_marquardt": ti.LevenbergMarquardt(),
+    "levenberg_marquardt_cg": ti.LevenbergMarquardt(linear_solver="cg"),
+    "auto": ti.Auto(),
 }
 EVERY_SOLVER = pytest.mark.parametrize("solver", ALL.values(), ids=ALL.keys())
 
@@ -57,7 +66,7 @@ def test_trace_steps_and_evaluations_are_what_happened(solver: ti.solvers.Solver
     assert sol.trace is not None
     assert sol.trace.shape == (int(sol.steps.max()), 5)
     torch.testing.assert_close(sol.trace[-1], sol.residual)
-    if not isinstance(solver, ti.Newton):
+    if isinstance(solver, ti.Picard | ti.Anderson | ti.Broyden | ti.Auto):
         assert sol.evaluations == calls == int(sol.steps.max()) + 1
     else:
         assert sol.evaluations >= calls

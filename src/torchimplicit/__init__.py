@@ -11,7 +11,9 @@ from ._solution import ConvergenceError as ConvergenceError
 from ._solution import ConvergenceWarning as ConvergenceWarning
 from ._solution import Solution as Solution
 from ._solution import Status as Status
+from .diagnostics import Comparison as Comparison
 from .diagnostics import Monitor as Monitor
+from .diagnostics import compare_solvers as compare_solvers
 from .diagnostics import monitor as monitor
 from .linear import CG as CG
 from .linear import GMRES as GMRES
@@ -57,6 +59,7 @@ __all__ = [
     "Bisection",
     "Cascade",
     "Chandrupatla",
+    "Comparison",
     "ConvergenceError",
     "ConvergenceWarning",
     "Implicit",
@@ -68,6 +71,7 @@ __all__ = [
     "Picard",
     "Solution",
     "Status",
+    "compare_solvers",
     "fixed_point",
     "monitor",
     "nn",

@@ -25,9 +25,9 @@ class CG(LinearSolver):
     3. The residual is recomputed at the end, and a sample that the recurrence wrongly took for done goes on from that
        one (`verify=False` trusts the recurrence, for steps whose effect is measured anyway).
 
-    What runs out of steps is MAX_STEPS, what gains no more is STALLED. It is the error's energy that falls in every
-    step, `(x − x*)ᵀA(x − x*)`; the residual may rise above that of x = 0 meanwhile. Nothing tells an unsymmetric matrix,
-    but unless it is nearly symmetric its residual does not come down, and so its status is none of success.
+    What runs out of steps is MAX_STEPS, what gains no more is STALLED. It is the error's energy `(x − x*)ᵀA(x − x*)`
+    that falls in every step; the residual may rise above that of x = 0 meanwhile. Nothing gives away an unsymmetric
+    matrix, but unless it is nearly symmetric its residual does not come down, and so its status is none of success.
 
     Args:
         max_steps: products at most, in each sample.

@@ -156,7 +156,6 @@ def solve_in_cycles(
         batch.value = torch.where(lost[:, None], value, batch.value)
         batch.residual = torch.where(lost[:, None], residual, batch.residual)
         batch.norm = torch.where(lost, previous, batch.norm)
-        batch.singular = batch.singular & ~within
         active = (batch.norm > target) & ~batch.singular & (batch.steps < max_steps)
         if taken > spare:
             active &= batch.norm < _GAIN * previous

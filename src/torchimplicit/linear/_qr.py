@@ -26,7 +26,7 @@ class QR(DenseSolver):
     Differences to LAPACK's `gelsd` (torch.linalg.lstsq, which has it on the CPU alone): only the samples that need it
     pay for singular values, and one that is not finite is NONFINITE and disturbs nobody.
 
-    Cost O(B n³), about three times that of `LU`, and some twenty times for the samples that are singular.
+    Cost O(B n³): about twice that of `LU`, and some fifteen times for the samples that are singular.
     """
 
     def _factorise(

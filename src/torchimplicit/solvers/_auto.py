@@ -51,12 +51,12 @@ class Auto(Method):
             "check_every": self.check_every,
         }
         if problem.kind == "minimize":
-            return Stage(LBFGS(**common), 300, patience=40), Stage(NewtonCG(**common), 100)
+            return Stage(LBFGS(**common), 500, patience=150), Stage(NewtonCG(**common), 200)
         dense = batch * n * n * problem.layout.dtype.itemsize <= _BYTES
         strong = LevenbergMarquardt(damping=1.0, **common)
         if problem.kind == "least_squares":
             if not dense:
-                return Stage(LBFGS(**common), 500, patience=60), Stage(NewtonCG(**common), 100)
+                return Stage(LBFGS(**common), 500, patience=150), Stage(NewtonCG(**common), 200)
             first = Stage(LevenbergMarquardt(**common), 200, patience=40)
             return first, Stage(NewtonCG(**common), 50), Stage(strong, 200, patience=40, start="z0")
         krylov = NewtonKrylov(linear_solver=GMRES(restart=40, max_steps=400), **common)

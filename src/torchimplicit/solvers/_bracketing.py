@@ -213,10 +213,11 @@ class Bisection(_Bracketing):
     of the bracket and keeps the half in which the sign changes: one binary digit of z per step, whatever fn is like.
 
     A sample whose residual has the same sign at both ends is STALLED, and disturbs no other. So is one whose bracket
-    has shrunk to two neighbouring floating-point numbers and whose residual is not zero: a jump, or a pole. One where
-    fn is NaN, at an end or on the way, is NONFINITE; an infinite value is as good as any other of its sign. What is
-    handed to the loop is the point with the smallest residual so far, z0 included. z0 has no other influence but on
-    the scale of the relative tolerance: anywhere in the bracket will do where fn is finite.
+    has shrunk to two neighbouring floating-point numbers, or has been divided 128 times, with a residual that did not
+    fall: a jump, or a pole. One where fn is NaN, at an end or on the way, is NONFINITE; an infinite value is as good as
+    any other of its sign. What is handed to the loop is the point with the smallest residual so far, z0 included. z0
+    has no other influence but on the scale of the relative tolerance: anywhere in the bracket will do where fn is
+    finite.
 
     Args:
         lower: lower ends, in the units of z; a number, or a tensor that broadcasts to the shape of z0.
@@ -238,16 +239,16 @@ class Chandrupatla(_Bracketing):
     >>> [round(z, 6) for z in sol.value.tolist()]  # one bracket each
     [1.0, 2.0, 3.0]
 
-    The equation, the failures and the arguments are those of `Bisection`, a smooth equation's steps a quarter as many.
-    With the newest end `(z₁, f₁)`, the other one `(z₂, f₂)` and the end `(z₃, f₃)` that the last step dropped, let
-    `ξ = (z₁ − z₂)/(z₃ − z₂)` and `φ = (f₁ − f₂)/(f₃ − f₂)`. The next point is `z₁ + t(z₂ − z₁)`; where
-    `1 − √(1 − ξ) < φ < √ξ` the parabola through the three is monotone on the bracket, and t is its zero (Figure 1 of
-    "A new hybrid quadratic/bisection algorithm for finding the zero of a nonlinear function without using
-    derivatives", Adv. Eng. Software 28, 145–149). Else `t = ½`. Written differently, to the same points:
+    The equation, the failures and the arguments are those of `Bisection`; a third of its steps will do where fn is
+    smooth, and no fewer at a kink. With the newest end `(z₁, f₁)`, the other one `(z₂, f₂)` and the end `(z₃, f₃)`
+    that the last step dropped, let `ξ = (z₁ − z₂)/(z₃ − z₂)` and `φ = (f₁ − f₂)/(f₃ − f₂)`. The next point is
+    `z₁ + t(z₂ − z₁)`. Where `1 − √(1 − ξ) < φ < √ξ`, the parabola z(f) through the three is monotone and gives t by its
+    value at f = 0; else `t = ½` (Figure 1 of "A new hybrid quadratic/bisection algorithm for finding the zero of a
+    nonlinear function without using derivatives", Adv. Eng. Software 28, 145–149). To the same points, but otherwise:
 
-    1. The condition is `|ξ − φ| < φ(1 − φ)`, and with the secant's `σ = f₁/(f₁ − f₂)` the zero is
+    1. The condition is written `|ξ − φ| < φ(1 − φ)`, and with the secant's `σ = f₁/(f₁ − f₂)`
        `t = σ (1 − (1 − σ) φ(ξ − φ) / (ξ(1 − φ)))`, which lies in (0, 1) where the condition holds.
-    2. `z₃` need not be kept: ξ is t or 1 − t of the step before, and `f₃ − f₂` is its `±(f₁ − f₂)`.
+    2. `z₃` is not kept: ξ is t or 1 − t of the step before, and `f₃ − f₂` is its `±(f₁ − f₂)`.
     3. t is not kept away from 0 and 1: after a point that rounds to an end of the bracket `φ = 1`, and t is ½.
 
     Args:

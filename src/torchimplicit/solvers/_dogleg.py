@@ -44,7 +44,7 @@ class Dogleg(Solver[_Region]):
     Differences to MINPACK: exact Jacobians at every accepted step, no Broyden updates between.
 
     Args:
-        radius: the first Δ, in units of `‖D z0‖` (of 1 if that is zero).
+        radius: the first Δ, in units of `‖D z0‖`; none where that is zero.
     """
 
     radius: float = 1.0
@@ -72,7 +72,7 @@ class Dogleg(Solver[_Region]):
         if model is None:
             model = DenseModel.at(problem, z, evaluation, None)
             size = two(model.scale * z)
-            state.radius = self.radius * torch.where(size > 0, size, 1.0)
+            state.radius = self.radius * torch.where(size > 0, size, torch.inf)
         gradient = model.gradient(target)
         stationary = model.stationary(target, gradient) | ~model.usable
         y, newton = _dogleg(model, target, gradient, state.radius)

@@ -45,7 +45,7 @@ class LBFGS(Solver[_Pairs]):
     history: int = 10
 
     max_steps: ClassVar[int] = 1000
-    patience: ClassVar[int] = 100
+    patience: ClassVar[int] = 200  # the gradient may rise for long while the objective falls
 
     def __post_init__(self) -> None:
         """Validate."""

@@ -30,7 +30,7 @@ class NewtonCG(Solver[None]):
     max_products: int = 200
 
     max_steps: ClassVar[int] = 200
-    patience: ClassVar[int] = 30
+    patience: ClassVar[int] = 100  # the gradient may rise for long while the objective falls
 
     def __post_init__(self) -> None:
         """Validate."""

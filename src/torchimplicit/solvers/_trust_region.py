@@ -14,6 +14,8 @@ from ._base import hold
 _ACCEPT = 1e-4
 """Fraction of the promised fall of `‖t‖²` that a step must keep to be taken."""
 
+_FLAT = 64.0
+
 
 class Model(ABC):
     """`t(z + D⁻¹ y) ≈ t − A y`, `A = −∂t/∂z D⁻¹`, of each sample; `t` is the residual or, of least squares, theirs.
@@ -119,7 +121,11 @@ def attempt(
     promised = (1 - promised) * (1 + promised)
     kept = (1 - after / size) * (1 + after / size)
     ratio = torch.where(after.isfinite(), kept / promised.clamp_min(torch.finfo(z.dtype).tiny), -torch.inf)
-    accepted = moving & (ratio > _ACCEPT) & (after < norm)
+    # Where the promise is no more than rounding, as beside a minimum that is not zero, the gradient decides.
+    flat = (promised <= _FLAT * torch.finfo(z.dtype).eps) & after.isfinite()
+    smaller = two(found.residual) < two(evaluation.residual)
+    ratio = torch.where(flat, torch.where(smaller, 1.0, -1.0), ratio)
+    accepted = moving & (ratio > _ACCEPT) & ((after < norm) | flat)
     return Trial(
         hold(accepted, new, z), found.where(accepted, evaluation), torch.where(accepted, after, norm), ratio, accepted
     )
