@@ -25,13 +25,39 @@ Make = Callable[..., ti.solvers.Solver[Any]]
 SOLVERS: dict[str, tuple[Make, dict[str, str]]] = {
     "picard": (
         ti.Picard,
-        dict.fromkeys("01 02 03 04 05 06 08 09 11 12 13 14 15 16 17 19 20 21 22".split(), NO_CONTRACTION),
+        dict.fromkeys(
+            [
+                "01",
+                "02",
+                "03",
+                "04",
+                "05",
+                "06",
+                "08",
+                "09",
+                "11",
+                "12",
+                "13",
+                "14",
+                "15",
+                "16",
+                "17",
+                "19",
+                "20",
+                "21",
+                "22",
+            ],
+            NO_CONTRACTION,
+        ),
     ),
-    "anderson": (ti.Anderson, dict.fromkeys("01 03 04 05 06 11 12 13 14 15 16 21".split(), NO_CONTRACTION)),
-    "broyden": (ti.Broyden, dict.fromkeys("01 02 03 04 05 06 15 16 21".split(), IDENTITY)),
+    "anderson": (
+        ti.Anderson,
+        dict.fromkeys(["01", "03", "04", "05", "06", "11", "12", "13", "14", "15", "16", "21"], NO_CONTRACTION),
+    ),
+    "broyden": (ti.Broyden, dict.fromkeys(["01", "02", "03", "04", "05", "06", "15", "16", "21"], IDENTITY)),
     "broyden_bad": (
         lambda **options: ti.Broyden(update="bad", **options),
-        dict.fromkeys("01 02 03 04 05 06 15 16 21 22".split(), IDENTITY),
+        dict.fromkeys(["01", "02", "03", "04", "05", "06", "15", "16", "21", "22"], IDENTITY),
     ),
     "newton": (ti.Newton, {"01": CHAIN, "21": LOCAL}),
     "newton_full_steps": (

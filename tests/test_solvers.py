@@ -235,9 +235,10 @@ def test_step_limit_zero_evaluates_once_and_returns_the_start() -> None:
     assert torch.equal(sol.value, torch.zeros_like(x))
 
 
-@EVERY_SOLVER
-def test_best_iterate_is_returned_when_the_steps_run_out(solver: ti.solvers.Solver) -> None:
+@pytest.mark.parametrize("name", [name for name in ALL if name != "auto"])  # which looks at every other iterate
+def test_best_iterate_is_returned_when_the_steps_run_out(name: str) -> None:
     """A map whose residual rises again: the value returned has the smallest residual seen."""
+    solver = ALL[name]
     plane = 1.2 * torch.tensor([[0.0, -1.0], [1.0, 0.0]], dtype=DOUBLE)
     kick = torch.tensor([[1.0, 0.5]], dtype=DOUBLE)
     sol = ti.fixed_point(

@@ -55,12 +55,14 @@ class SolverResult:
         residual: norm of the residual of the returned value, evaluated anew by the comparison, in the solver's `norm`;
             median over the samples. In units of z (`fixed_point`), of fn (`root`), or of the gradient.
         worst_residual: the largest over the samples; infinite where fn is not finite.
-        tolerance: what the residual must not exceed, `atol + rtol·scale`; median over the samples.
+        tolerance: what the residual must not exceed, `atol + rtol·scale`; median over the samples that converged, or
+            over all if none did.
+        tolerance_range: the smallest and the largest among these samples.
         objective: of `minimize` and `least_squares`, its median over the samples; None of the others.
         failures: how many samples ended how, for those whose status is not `CONVERGED`.
         refuted: samples called converged whose residual, evaluated anew, is well above the tolerance and what the
             solver said: fn is not the same function each time (dropout, say). They do not count as converged.
-        elsewhere: samples that this solver and the table's first both solved, with solutions more than 1 % apart.
+        elsewhere: samples that this solver and the first of the rows both solved, with solutions more than 10 % apart.
         value: the solutions, in the structure and shapes of z0; detached.
         status: int tensor over the batch shape, members of `Status`.
         trace: residuals against steps and evaluations.
@@ -78,6 +80,7 @@ class SolverResult:
     residual: float = float("nan")
     worst_residual: float = float("nan")
     tolerance: float = float("nan")
+    tolerance_range: tuple[float, float] = (float("nan"), float("nan"))
     objective: float | None = None
     failures: Mapping[Status, int] = field(default_factory=dict)
     refuted: int = 0
@@ -96,7 +99,7 @@ class Comparison:
         kind: of the problem.
         samples: independent problems, B.
         unknowns: real unknowns of each, n.
-        dtype: of the state.
+        dtype: of the state, the widest of its leaves.
         device: of the state.
         repeats: timed runs per solver.
         rows: one `SolverResult` per solver: those that solved most samples first, then by evaluations; errors last.
@@ -126,7 +129,7 @@ class Comparison:
     def __repr__(self) -> str:
         return self.table()
 
-    def sorted(self, by: By = "evaluations") -> tuple[SolverResult, ...]:
+    def ranked(self, by: By = "evaluations") -> tuple[SolverResult, ...]:
         """The rows: those that solved most samples first, then those that cost least; errors last.
 
         Args:
@@ -148,11 +151,11 @@ class Comparison:
         Raises:
             ValueError: for another `by`.
         """
-        first = self.sorted(by)[0]
+        first = self.ranked(by)[0]
         return first if first.error is None and first.solved == self.samples else None
 
     def table(self, by: By = "evaluations") -> str:
-        """The rows as plain text in aligned columns, in the order of `sorted`.
+        """The rows as plain text in aligned columns, in the order of `ranked`.
 
         A star marks the best figure of a column, among the solvers that solved every sample.
 

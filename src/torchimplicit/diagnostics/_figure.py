@@ -7,14 +7,14 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from .._options import nearest
-from ._table import describe, residual_name
+from ._table import counted, describe, residual_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from ._comparison import Comparison, SolverResult
 
-_X = {"evaluations": "evaluations of fn (calls for the whole batch, Jacobian products included)", "steps": "steps"}
+_X = ("evaluations", "steps")
 _SAMPLES = {"worst": "largest over the samples", "median": "median over the samples"}
 _UNITS = {
     "fixed_point": "units of z",
@@ -33,7 +33,7 @@ _MANY = 200
 """Points from which on a line is thin."""
 _ABOVE, _BELOW = 1e4, 1e-3
 """How far beyond the start and below the tolerance the axis goes."""
-_WIDE = 20.0
+_WIDE = 6.0
 """Ratio of the dearest to the cheapest solve from which on costs are drawn on a logarithmic axis."""
 
 
@@ -50,7 +50,7 @@ def draw(comparison: Comparison, path: str | PathLike[str] | None, ax: Axes | No
     for i, (row, (along, up)) in enumerate(zip(rows, curves, strict=True)):
         done = row.solved == comparison.samples
         ends.add(done)
-        style: dict[str, Any] = {"color": _COLORS[i % len(_COLORS)], "zorder": 3 + (len(rows) - i) / len(rows)}
+        style: dict[str, Any] = {"color": _COLORS[i % len(_COLORS)], "zorder": 3 + i / len(rows)}
         up = [min(max(value, bottom), 1e3 * top) for value in up]
         label = row.name if done else f"{row.name}: {row.solved} of {comparison.samples} solved"
         width = 1.8 if len(up) <= _MANY else 1.0
@@ -58,22 +58,22 @@ def draw(comparison: Comparison, path: str | PathLike[str] | None, ax: Axes | No
         axes.plot(along[-1:], [min(up[-1], top)], clip_on=False, **_END[done], **style)
     _tolerance(axes, rows, comparison.samples)
     for done in sorted(ends, reverse=True):
-        told = "solved every sample" if done else "ended without"
+        told = "solved every sample" if done else "did not solve every sample"
         axes.plot([], [], color="0.35", label=told, **_END[done])
     _scales(axes, x, [along[-1] for along, _ in curves], (bottom, top))
-    axes.set_xlabel(_X[x])
-    which = f"{_SAMPLES[sample]} " if comparison.samples > 1 else ""
+    axes.set_xlabel(f"evaluations {counted(comparison)}" if x == "evaluations" else "steps")
+    newline, which = ("\n", f"{_SAMPLES[sample]} ") if comparison.samples > 1 else (" ", "")
     units = _UNITS[comparison.kind]
-    axes.set_ylabel(f"residual: {residual_name(comparison)}\n{which}[{units}]")
-    axes.set_title(describe(comparison), loc="left", fontsize="medium", fontweight="bold")
+    axes.set_ylabel(f"residual: {residual_name(comparison)}{newline}{which}[{units}]")
+    axes.set_title(describe(comparison), loc="left", fontsize="medium", fontweight="bold", pad=12)
     axes.grid(True, which="major", color="0.88", linewidth=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(
-        loc="upper left", bbox_to_anchor=(1.02, 1.0), borderaxespad=0.0, frameon=False, fontsize=9, handlelength=3.2
-    )
+    if rows:
+        beside: Any = {"loc": "upper left", "bbox_to_anchor": (1.02, 1.0), "borderaxespad": 0.0}
+        axes.legend(frameon=False, fontsize=9, handlelength=3.2, **beside)
     if path is not None:
-        axes.figure.savefig(path, dpi=160, bbox_inches="tight")
+        axes.figure.canvas.figure.savefig(path, dpi=160, bbox_inches="tight")
     return axes
 
 
@@ -101,7 +101,7 @@ def _curve(row: SolverResult, x: str, sample: str) -> tuple[list[int], list[floa
 
 def _range(rows: list[SolverResult], curves: list[tuple[list[int], list[float]]]) -> tuple[float, float]:
     """From below the tolerance and whatever was reached, within reason, to above the starts."""
-    limits = [row.tolerance for row in rows if 0 < row.tolerance < math.inf]
+    limits = [row.tolerance_range[0] for row in rows if 0 < row.tolerance_range[0] < math.inf]
     seen = [value for _, up in curves for value in up if 0 < value < math.inf]
     starts = [up[0] for _, up in curves if 0 < up[0] < math.inf]
     if not seen:
@@ -112,14 +112,18 @@ def _range(rows: list[SolverResult], curves: list[tuple[list[int], list[float]]]
 
 
 def _tolerance(axes: Axes, rows: list[SolverResult], samples: int) -> None:
-    """A line where all agree on it, else one for each tolerance."""
-    drawn: list[float] = []
+    """A line for each tolerance that was asked for, and a band where it came to different limits for the samples."""
+    groups: dict[Any, list[SolverResult]] = {}
     for row in rows:
-        limit = row.tolerance
-        if 0 < limit < math.inf and not any(math.isclose(limit, other, rel_tol=0.05) for other in drawn):
-            label = None if drawn else "tolerance" + ", median sample" * (samples > 1)
-            axes.axhline(limit, color="0.45", linewidth=1.0, linestyle=(0, (1, 2.5)), label=label, zorder=2)
-            drawn.append(limit)
+        groups.setdefault((row.solver.rtol, row.solver.atol, row.solver.norm), []).append(row)
+    label = "tolerance" + " (band: of all samples)" * (samples > 1)
+    for members in groups.values():
+        line = members[0].tolerance
+        if 0 < line < math.inf:
+            axes.axhline(line, color="0.45", linewidth=1.0, linestyle=(0, (1, 2.5)), label=label, zorder=2)
+            low, high = zip(*(row.tolerance_range for row in members), strict=True)
+            axes.axhspan(min(low), max(high), color="0.5", alpha=0.12, linewidth=0, zorder=1)
+            label = None
 
 
 def _scales(axes: Axes, x: str, ends: list[int], limits: tuple[float, float]) -> None:

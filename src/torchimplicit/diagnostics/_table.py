@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from ._comparison import By, Comparison, SolverResult
 
 _WIDTH = 118
-_ERROR = 76
 _RESIDUALS = {
     "fixed_point": "fn(z) - z",
     "root": "fn(z)",
@@ -34,12 +33,13 @@ class _Column:
 
 def table(comparison: Comparison, by: By) -> str:
     """See `Comparison.table`."""
-    rows = comparison.sorted(by)
+    rows = comparison.ranked(by)
     ran = [row for row in rows if row.error is None]
     complete = [row for row in ran if row.solved == comparison.samples]
     lines = [_heading(comparison)]
     lines += _aligned(_columns(comparison, ran), rows, complete)
-    lines += [textwrap.fill(note, _WIDTH, subsequent_indent="  ") for note in _notes(comparison, ran, complete)]
+    notes = _notes(comparison, ran, complete) + [f"{row.name}: {row.error}" for row in rows if row.error is not None]
+    lines += [textwrap.fill(note, _WIDTH, subsequent_indent="  ") for note in notes]
     return "\n".join(lines)
 
 
@@ -58,6 +58,13 @@ def residual_name(comparison: Comparison) -> str:
     return f"{norms.pop() if len(norms) == 1 else 'norm'} of {_RESIDUALS[comparison.kind]}"
 
 
+def counted(comparison: Comparison) -> str:
+    """What the evaluations are of."""
+    gradient = " and its gradient" if comparison.kind in ("minimize", "least_squares") else ""
+    products = "Hessian" if comparison.kind == "minimize" else "Jacobian"
+    return f"of fn{gradient} (whole batch at once; {products} products count as such)"
+
+
 def duration(seconds: float) -> str:
     """A time in its unit, to three figures."""
     scale, unit = _unit(seconds)
@@ -65,9 +72,9 @@ def duration(seconds: float) -> str:
 
 
 def failures(row: SolverResult) -> str:
-    """How the samples ended that did not converge, or the error."""
+    """How the samples ended that did not converge."""
     if row.error is not None:
-        return "error: " + textwrap.shorten(row.error, _ERROR, placeholder=" …")
+        return "error"
     told = [f"{count} {status.name}" for status, count in row.failures.items()]
     told += [f"{row.refuted} refuted"] if row.refuted else []
     return ", ".join(told)
@@ -105,7 +112,7 @@ def _columns(comparison: Comparison, ran: Sequence[SolverResult]) -> list[_Colum
 
 
 def _aligned(columns: list[_Column], rows: Sequence[SolverResult], complete: list[SolverResult]) -> list[str]:
-    """Lines of the header and the rows; an error follows its solver's name."""
+    """Lines of the header and the rows."""
     parts = []
     for column in columns:
         starred = column.figure is not None and bool(complete)
@@ -134,15 +141,14 @@ def _notes(comparison: Comparison, ran: list[SolverResult], complete: list[Solve
         )
     else:
         notes.append("No solver solved every sample.")
-    limits = [row.tolerance for row in ran if math.isfinite(row.tolerance)]
+    limits = [limit for row in ran for limit in row.tolerance_range if math.isfinite(limit)]
     tolerance = ""
     if limits:
         low, high = min(limits), max(limits)
         tolerance = f"; tolerance {low:.1e}" + (f" to {high:.1e}" if high > 1.05 * low else "")
-        tolerance += " (median sample)" * (comparison.samples > 1)
     both = "steps and residual: median over the samples, then the largest; " if comparison.samples > 1 else ""
     notes.append(f"{both}residual: {residual_name(comparison)}, evaluated anew{tolerance}.")
-    notes.append("evaluations: calls of fn for the whole batch, Jacobian products included.")
+    notes.append(f"evaluations: {counted(comparison)}.")
     if any(row.refuted for row in ran):
         notes.append(
             "refuted: called converged, but the residual evaluated anew is larger: does fn return the same value "
@@ -150,8 +156,8 @@ def _notes(comparison: Comparison, ran: list[SolverResult], complete: list[Solve
         )
     if any(row.elsewhere for row in ran):
         notes.append(
-            f"elsewhere: samples solved with another solution than that of {comparison.rows[0].name}, more than 1 % "
-            "from it."
+            f"elsewhere: samples with a solution more than 10 % from that of {comparison.rows[0].name}: another one, "
+            "or a tolerance too loose to tell."
         )
     if comparison.skipped:
         notes.append(f"skipped: {', '.join(comparison.skipped)}: {comparison.skipped_because}.")

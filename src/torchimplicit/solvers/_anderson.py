@@ -1,6 +1,6 @@
 """Anderson acceleration (type II) on an orthonormal history, with per-sample safeguard and restart."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -10,6 +10,11 @@ from .._norms import two
 from .._problem import Evaluation, Problem
 from ._base import Solver, Step, hold
 
+_LOOK = 4
+"""Steps between two looks at whether acceleration pays; rests are multiples of it."""
+_LEAST_GAIN = 0.1
+"""Share of the fall of the residual (of its logarithm) that acceleration must have, relative to the map's own."""
+
 
 @dataclass
 class _History:
@@ -17,21 +22,52 @@ class _History:
 
     Attributes:
         pairs: rows `[q | w]`, `(B, m, 2n)`: `q` of the differences of r, `w` the same combination of `Δz + mixing·Δr`.
-        norm: of the residual at the current iterate, `(B,)`.
-        wait: plain steps to take before acceleration is tried again, `(B,)`.
+        gamma: `qᵀ r` of each row with the residual at the current iterate, `(B, m)`.
+        norm: of that residual, `(B,)`.
+        wait: plain steps to take before acceleration is tried again, after a refusal, `(B,)`.
         pause: length of the next wait, `(B,)`.
-        rows: how many rows have been written.
+        rest: plain steps to take because acceleration did not pay, `(B,)`.
+        longer: length of the next rest, `(B,)`.
         next: the row that the next difference overwrites.
         waiting: whether any sample waits.
+        resting: whether any sample rests.
+        plain: steps for which every sample that runs rests.
+        taken: steps so far.
+        rows: views of each row of the pairs.
+        filled: how many rows have been written, and views of these: of the whole, and of the halves.
+        pair: a row in the making, `(B, 2n)`, and its halves.
     """
 
     pairs: Tensor
+    gamma: Tensor
     norm: Tensor
     wait: Tensor
     pause: Tensor
-    rows: int = 0
+    rest: Tensor
+    longer: Tensor
     next: int = 0
     waiting: bool = False
+    resting: bool = False
+    plain: int = 0
+    taken: int = 0
+    filled: int = 0
+    rows: tuple[Tensor, ...] = field(init=False)
+    known: tuple[Tensor, Tensor, Tensor] = field(init=False)
+    pair: tuple[Tensor, Tensor, Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Make the views, which every step needs, once."""
+        batch, _, width = self.pairs.shape
+        n = width // 2
+        self.rows = self.pairs.unbind(1)
+        self.view()
+        pair = self.pairs.new_empty(batch, width)
+        self.pair = pair, pair[:, :n], pair[:, n:]
+
+    def view(self) -> None:
+        """Make the views of the rows that have been written."""
+        known, n = self.pairs[:, : self.filled], self.pairs.shape[2] // 2
+        self.known = known, known[:, :, :n], known[:, :, n:]
 
 
 @dataclass(frozen=True)
@@ -48,16 +84,21 @@ class Anderson(Solver[_History]):
     3. Safeguard: a sample whose residual more than doubles in a step, or is no longer finite, goes back to where it
        was, drops its history, and takes 1, 4, 16, … plain steps before it is accelerated again: where plain steps
        converge, it does.
+    4. `adaptive=True`: every fourth step it is measured, sample by sample, how much of the fall of the residual is due
+       to the acceleration, `‖r − Q γ‖/‖r‖`, and how much to the map. Where that is less than a tenth the sample drops
+       its history and rests from acceleration for 4, 8, 16, … steps: they cost nothing beside fn once all samples do.
 
     Args:
         history: differences kept, `m`.
         mixing: β in (0, 2), the plain step's damping.
         drop_tolerance: the new part of a difference, relative to it, below which it is dropped; None is `√ε`.
+        adaptive: whether to pause acceleration where it does not pay; `Auto` does.
     """
 
     history: int = 5
     mixing: float = 1.0
     drop_tolerance: float | None = None
+    adaptive: bool = False
 
     max_steps: ClassVar[int] = 500
     patience: ClassVar[int] = 100
@@ -72,65 +113,122 @@ class Anderson(Solver[_History]):
     def init(self, problem: Problem, z: Tensor, evaluation: Evaluation) -> _History:
         """An empty history."""
         batch, n = z.shape
+        m = min(self.history, max(n, 1))
         return _History(
-            pairs=z.new_zeros(batch, min(self.history, max(n, 1)), 2 * n),
+            pairs=z.new_zeros(batch, m, 2 * n),
+            gamma=z.new_zeros(batch, 0),
             norm=two(evaluation.residual),
             wait=torch.zeros(batch, dtype=torch.long, device=z.device),
             pause=torch.ones(batch, dtype=torch.long, device=z.device),
+            rest=torch.zeros(batch, dtype=torch.long, device=z.device),
+            longer=torch.full((batch,), _LOOK, dtype=torch.long, device=z.device),
         )
+
+    def steps(
+        self, problem: Problem, z: Tensor, evaluation: Evaluation, state: _History, active: Tensor | None, count: int
+    ) -> Step[_History]:
+        """One step, or as many plain ones as nobody looks at while everyone rests."""
+        if not state.plain or problem.kind != "fixed_point" or self.mixing != 1.0:
+            return self.step(problem, z, evaluation, state, active)
+        count = min(count, state.plain)
+        z, value = problem.repeat(evaluation.value, count)
+        found = problem.evaluation(z, value)
+        state.plain -= count
+        state.taken += count
+        state.rest = (state.rest - count).clamp_min_(0)
+        state.norm = two(found.residual)
+        return Step(z, found, state, count=count)
 
     def step(
         self, problem: Problem, z: Tensor, evaluation: Evaluation, state: _History, active: Tensor | None
     ) -> Step[_History]:
-        """One accelerated step; see the class."""
-        n = z.shape[1]
-        residual, known = evaluation.residual, state.pairs[:, : state.rows]
-        moved = torch.add(z, residual, alpha=self.mixing)
-        if state.rows:
-            gamma = torch.linalg.vecdot(known[:, :, :n], residual[:, None])
-            if state.waiting:
-                gamma = torch.where((state.wait == 0)[:, None], gamma, 0.0)
-            moved = torch.baddbmm(moved[:, None], gamma[:, None], known[:, :, n:], alpha=-1)[:, 0]
-        new = hold(active, moved, z)
+        """One accelerated step of all samples: leaving some out would cost more than it saves."""
+        residual, gamma = evaluation.residual, state.gamma
+        state.taken += 1
+        if state.waiting:
+            gamma = torch.where((state.wait == 0)[:, None], gamma, 0.0)
+            state.wait = (state.wait - 1).clamp_min(0)
+        plain = torch.add(z, residual, alpha=self.mixing)
+        new = plain
+        if state.filled:
+            new = torch.baddbmm(plain[:, None], gamma[:, None], state.known[2], alpha=-1)[:, 0]
         found = problem.evaluate(new)
         norm = two(found.residual)
-        if state.waiting:
-            state.wait = (state.wait - 1).clamp_min(0)
-        if state.rows:
-            # Also true of NaN, in the residual or in the coefficients.
-            refused = (norm <= 2.0 * state.norm).logical_not_()
-            if state.waiting:
-                refused &= known.any(dim=2).any(dim=1)
-            if bool(refused.any()):
-                refused &= known.any(dim=2).any(dim=1)
-                keep = ~refused
-                state = replace(state, pairs=torch.where(keep[:, None, None], state.pairs, 0.0))
-                new = hold(keep, new, z)
-                found = found.where(keep, evaluation)
-                norm = torch.where(keep, norm, state.norm)
-                state.wait = torch.where(keep, state.wait, state.pause)
-                state.pause = torch.where(keep, state.pause, 4 * state.pause)
-                state.waiting = True
-        self._remember(state, new - z, found.residual - residual)
+        # Also true of NaN, in the residual or in the coefficients.
+        refused = (norm <= 2.0 * state.norm).logical_not_()
+        if bool(refused.any()):
+            # At rest nothing matters, and a plain step is not taken back.
+            refused &= (gamma != 0).any(dim=1)
+            if active is not None:
+                refused &= active
+            keep = ~refused
+            state.pairs[refused] = 0.0
+            new, found = hold(keep, new, z), found.where(keep, evaluation)
+            norm = torch.where(keep, norm, state.norm)
+            state.wait = torch.where(keep, state.wait, state.pause)
+            state.pause = torch.where(keep, state.pause, 4 * state.pause)
+            state.waiting = True
+        self._remember(state, z, residual, new, found.residual)
+        if self.adaptive and state.taken % _LOOK == 0:
+            _consider(state, gamma, norm, active)
         state.norm = norm
         return Step(new, found, state)
 
-    def _remember(self, state: _History, dz: Tensor, dr: Tensor) -> None:
-        """Put a difference into the ring; one of length zero (a sample at rest, or refused) leaves an empty row."""
-        n, row = dz.shape[1], state.next
-        limits = torch.finfo(dr.dtype)
-        pair = torch.cat((dr, torch.add(dz, dr, alpha=self.mixing)), dim=1)
+    def _remember(self, state: _History, z: Tensor, residual: Tensor, new: Tensor, found: Tensor) -> None:
+        """Put a difference into the ring; one of length zero (a sample that was refused) leaves an empty row."""
+        pair, dr, dz = state.pair
+        torch.sub(found, residual, out=dr)
+        torch.sub(new, z, out=dz)
+        dz.add_(dr, alpha=self.mixing)
+        n, slot = dr.shape[1], state.next
         length = two(dr)
-        size = length
-        if state.rows:
-            known = state.pairs[:, : state.rows]
-            overlap = torch.linalg.vecdot(known[:, :, :n], dr[:, None])
-            if row < state.rows:
-                overlap[:, row] = 0.0  # the oldest, which goes
+        size, after = length.clone(), state.gamma
+        if state.filled:
+            known, q, _ = state.known
+            after = torch.linalg.vecdot(q, found[:, None])
+            # qᵀ Δr from what is known of both residuals; the oldest row is about to go.
+            overlap = torch.sub(after, state.gamma)
+            if slot < state.filled:
+                overlap[:, slot] = 0.0
             pair = torch.baddbmm(pair[:, None], overlap[:, None], known, alpha=-1)[:, 0]
             size = two(pair[:, :n])
-        drop = limits.eps**0.5 if self.drop_tolerance is None else self.drop_tolerance
-        scale = torch.where(size > drop * length, size, torch.inf).clamp_min_(limits.tiny)
-        torch.div(pair, scale[:, None], out=state.pairs[:, row])
-        state.rows = max(state.rows, row + 1)
-        state.next = (row + 1) % state.pairs.shape[1]
+        drop = torch.finfo(dr.dtype).eps ** 0.5 if self.drop_tolerance is None else self.drop_tolerance
+        row = state.rows[slot]
+        size.masked_fill_(size <= drop * length, torch.inf)
+        if state.resting:
+            # A sample at rest has no history, whether or not others make one meanwhile.
+            size.masked_fill_(state.rest > 0, torch.inf)
+            state.rest = (state.rest - 1).clamp_min_(0)
+        torch.div(pair, size[:, None], out=row)
+        newest = torch.linalg.vecdot(row[:, :n], found)
+        if slot < state.filled:
+            after[:, slot] = newest
+        else:
+            after = torch.cat((after, newest[:, None]), dim=1)
+            state.filled += 1
+            state.view()
+        state.gamma = after
+        state.next = (slot + 1) % len(state.rows)
+
+
+def _consider(state: _History, gamma: Tensor, norm: Tensor, active: Tensor | None) -> None:
+    """Send the samples to rest for which the last step's acceleration did not pay.
+
+    The step went from a residual of size `state.norm`, of which `g` was left by the acceleration, to `norm`: the map
+    contracted by `c = norm / (g · state.norm)`. It pays if `ln g < 0.1 ln c`, both below 1.
+    """
+    share = torch.linalg.vecdot(gamma, gamma) / (state.norm * state.norm)
+    left = (1.0 - share).clamp_min_(torch.finfo(norm.dtype).eps).sqrt_()
+    contraction = norm / (left * state.norm)
+    idle = (contraction < 1.0) & (left.log() > _LEAST_GAIN * contraction.log()) & (gamma != 0).any(dim=1)
+    state.rest = torch.where(idle, state.longer, state.rest)
+    state.longer = torch.where(idle, 2 * state.longer, state.longer)
+    tired = state.rest > 0
+    state.resting = bool(tired.any())
+    if state.resting:
+        state.pairs[idle] = 0.0
+        state.gamma = torch.where(tired[:, None], 0.0, state.gamma)
+        awake = ~tired if active is None else active & ~tired
+        if not bool(awake.any()):
+            resting = state.rest if active is None else state.rest[active]
+            state.plain = int(resting.min())

@@ -142,6 +142,8 @@ class Solver(Method, Generic[State]):
             return state
         parts = {}
         for f in fields(state):  # pyright: ignore[reportArgumentType]
+            if not f.init:
+                continue
             part = getattr(state, f.name)
             if isinstance(part, Tensor):
                 part = part.index_select(0, samples)
