@@ -1,4 +1,4 @@
-"""`minimize` and `least_squares`: minima, their gradients by closed forms and finite differences, failures, bad input."""
+"""`minimize` and `least_squares`: minima, gradients by closed forms and finite differences, failures, bad input."""
 
 from typing import Any
 

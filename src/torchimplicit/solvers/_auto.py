@@ -24,8 +24,8 @@ class Auto(Method):
     """The default: several solvers in succession, each for the samples that those before it did not solve.
 
     A *fixed point* begins with `Anderson`, which costs little more than plain steps and is never slower than they are
-    by much. A sample whose residual does not fall by a fifth in 12 steps goes on with Newton's method from its best iterate,
-    dense up to 256 unknowns and by Krylov methods above. A *root* begins with Newton's method, globalised.
+    by much. A sample whose residual does not fall by a fifth in 12 steps goes on with Newton's method from its best
+    iterate, dense up to 256 unknowns and by Krylov methods above. A *root* begins with Newton's method, globalised.
 
     What is left then, one stage after the other: Newton's method without step control, from z0 again, which gets past
     the local minima of `‖r‖` that a method of descent ends in; the dogleg; Levenberg–Marquardt. Their failures differ,
