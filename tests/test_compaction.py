@@ -132,3 +132,24 @@ def test_gradients_are_those_of_the_whole_batch() -> None:
     (gradient,) = torch.autograd.grad(sol.value.square().sum(), x)
     z = sol.value.detach()
     torch.testing.assert_close(gradient, 2 * z / (1 - factor * torch.cos(z)), rtol=1e-8, atol=1e-8)
+
+
+def test_later_stage_works_on_the_samples_that_are_left() -> None:
+    """Two samples of forty do not contract: Newton's method is theirs alone."""
+    factor, x = _slow_and_quick()
+    factor[:2] = -6.0
+    split = Rows(lambda z, factor, x: factor * torch.sin(z) + x)
+    sol = ti.fixed_point(split, torch.zeros_like(x), factor, x, batch_dims=1)
+    assert sol.converged.all()
+    value = factor * torch.sin(sol.value) + x
+    torch.testing.assert_close(value, sol.value, rtol=1e-9, atol=1e-9)
+    # The start of the second stage, and the evaluation that the gradient hangs on.
+    assert split.rows[10:].count(40) <= 3
+
+
+def test_function_may_forbid_the_split() -> None:
+    factor, x = _slow_and_quick()
+    whole = Rows(lambda z, factor, x: factor * torch.sin(z) + x)
+    whole.samplewise = False  # pyright: ignore[reportAttributeAccessIssue]
+    ti.fixed_point(whole, torch.zeros_like(x), factor, x, solver=ti.Anderson(), batch_dims=1)
+    assert set(whole.rows) == {40}

@@ -42,6 +42,12 @@ def iterate(
     evaluation = problem.evaluate(z) if evaluation is None else evaluation
     norm = tolerance.norm(evaluation.residual)
     books = Books(tolerance, stage, z, evaluation, norm, only)
+    rows = None if only is None else books.worth_keeping(problem.crowd)
+    part = None if rows is None else problem.select(rows, z, evaluation, books.first)
+    if rows is not None and part is not None:
+        # Of a later stage, which has only a few of the samples to solve.
+        problem, z, evaluation = part, z.index_select(0, rows), evaluation.select(rows)
+        books.select(rows, part)
     state = solver.init(problem, z, evaluation)
     history: list[Tensor] = []
     step = 0

@@ -30,7 +30,7 @@ class Gradient:
         self._layout = layout
         self.fn = fn
         self.squares = squares
-        self.samplewise = bool(getattr(fn, "samplewise", False))
+        self.samplewise = getattr(fn, "samplewise", None)
         self.objective: Tensor | None = None
         self.residuals: Tensor | None = None
 

@@ -106,10 +106,9 @@ class Problem:
             with torch.inference_mode(False):
                 self.args = pytree.tree_map(_usable, args)
         self.epsilon = torch.finfo(layout.dtype).eps
-        self._samplewise = bool(getattr(fn, "samplewise", False)) and self._indexed_by_sample()
-        self._split = self._samplewise or (
-            not getattr(fn, "samplewise", False) and bool(layout.batch_shape) and self._carries_the_batch()
-        )
+        declared = getattr(fn, "samplewise", None)
+        self._samplewise = bool(declared) and self._indexed_by_sample()
+        self._split = self._samplewise or (declared is None and bool(layout.batch_shape) and self._carries_the_batch())
         # Whether fn was seen to return the state's own dtype and shape, and may repeat itself unseen.
         self._plain = False
         self._repeats = self._same and self._autocast is None and hasattr(fn, "repeat") and self.has_closed_form
@@ -220,8 +219,8 @@ class Problem:
         """Rows at hand per row that runs, from which on it pays to go on without the others; infinite if one cannot.
 
         Whether fn can be split is said by an attribute `samplewise = True` of it: every tensor among its inputs is
-        indexed by sample in its first dims, and no row depends on another. A function that does not say so is tried,
-        which costs an evaluation, where a tensor of `args` has the batch shape in front.
+        indexed by sample in its first dims, and no row depends on another; `False` forbids it. A function that says
+        nothing is tried, which costs an evaluation, where a tensor of `args` has the batch shape in front.
         """
         if not self._split:
             return math.inf

@@ -107,7 +107,7 @@ class TanhEquilibrium(FixedPoint):
 
     Args:
         features: n.
-        solver: None is `Anderson()`.
+        solver: None is `Auto()`.
         adjoint: None is `Implicit()`.
         max_steps: None is the solver's default.
         on_failure: `"warn"`, `"raise"` or `"ignore"`.

@@ -101,13 +101,14 @@ class FixedPoint(_Implicit):
     >>> layer(torch.randn(4, 8)).shape
     torch.Size([4, 8])
 
-    A cell may help: a method `linearize` supplies its Jacobian in closed form (see `linear.JacobianOperator`), and an
-    attribute `samplewise = True` says that its tensor inputs are indexed by sample in their first dim as z is, so that
-    samples which are done can leave the batch.
+    Samples that are done leave the batch where the cell can be split: where its tensor inputs have the batch dims in
+    front, as z has, which is tried and checked. A cell may help: an attribute `samplewise = True` says that all of them
+    do, which saves the check (`False` forbids the split, for a compiled cell, say), and a method `linearize` supplies its Jacobian in closed form (see
+    `linear.JacobianOperator`).
 
     Args:
         cell: maps `(z, *inputs)` to the next z: an `nn.Module`, whose parameters are the layer's, or a function.
-        solver: None is `Anderson()`.
+        solver: None is `Auto()`.
         adjoint: None is `Implicit()`.
         batch_dims: leading dims of z that index independent samples.
         max_steps: None is the solver's default.
@@ -119,6 +120,6 @@ class FixedPoint(_Implicit):
 
 
 class Root(_Implicit):
-    """The layer `cell(z, *inputs) = 0`; as `FixedPoint`, with `solver=None` meaning `Newton()`."""
+    """The layer `cell(z, *inputs) = 0`; as `FixedPoint`."""
 
     _call = staticmethod(root)  # pyright: ignore[reportAssignmentType]

@@ -37,8 +37,8 @@ class Auto(Method):
     A start at which fn is not finite is replaced by a tenth of it, its opposite, ones, or zeros, where one of them
     serves.
 
-    Every decision is a sample's own, and so is the result: it does not depend on the rest of the batch. A sample that
-    no stage solves is returned as the one left it that came closest.
+    Every decision is a sample's own, and so is the result: but for that limit of memory it does not depend on the rest
+    of the batch. A sample that no stage solves is returned as the one left it that came closest.
     """
 
     def stages(self, problem: Problem) -> tuple[Stage, ...]:
