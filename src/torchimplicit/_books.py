@@ -60,6 +60,10 @@ class Books:
         self._tolerance = self._whole = tolerance
         self._step = 0
         self._norm = self.first = self._peak = norm
+        # The start of a later stage is an iterate like any other: what it must have fallen from is where all began.
+        self._later = only is not None
+        if self._later:
+            self._peak = torch.fmax(norm, tolerance.first)
         self._z = self._best_z = z
         self._best = norm
         self._reference, self._looked = self._best, 0
@@ -73,10 +77,13 @@ class Books:
         if only is not None:
             self.active, self.left = only.clone(), int(only.sum())
             self._status = torch.where(only, _RUNNING, int(Status.CONVERGED))
-        limit = tolerance.limit(evaluation)
+        limit = tolerance.limit(evaluation, self._peak if self._later else None)
         if not bool(((norm > limit) & (norm < torch.inf)).all()):
             self._best = self._reference = torch.where(norm.isnan(), torch.inf, norm)
-            status = torch.where(norm <= limit, int(Status.CONVERGED), _RUNNING)
+            within = norm <= limit
+            if self._later and tolerance.asks_more:
+                within &= tolerance.confirmed(z, evaluation, norm)
+            status = torch.where(within, int(Status.CONVERGED), _RUNNING)
             self._settle(z, norm, torch.where(norm.isfinite(), status, int(Status.NONFINITE)))
 
     def worth_keeping(self, crowd: float) -> Tensor | None:
@@ -186,9 +193,10 @@ class Books:
         z, residual, status = self._settled_z, self._settled, self._status
         peak = self._settled_peak
         clean = not self._failures
-        credible = self._whole.credible(problem, z, peak) if self._step else None
+        credible = self._whole.credible(problem, z, peak) if self._step or self._later else None
         if credible is not None and not bool(credible.all()):
-            doubtful = (status == int(Status.CONVERGED)) & (self._ended > 0) & ~credible
+            moved = self._ended > (-1 if self._later else 0)
+            doubtful = (status == int(Status.CONVERGED)) & moved & ~credible
             status = torch.where(doubtful, int(Status.DIVERGED), status)
             clean = False
         finite = residual.isfinite()

@@ -103,8 +103,8 @@ class FixedPoint(_Implicit):
 
     Samples that are done leave the batch where the cell can be split: where its tensor inputs have the batch dims in
     front, as z has, which is tried and checked. A cell may help: an attribute `samplewise = True` says that all of them
-    do, which saves the check (`False` forbids the split, for a compiled cell, say), and a method `linearize` supplies its Jacobian in closed form (see
-    `linear.JacobianOperator`).
+    do, which saves the check, and `False` forbids the split, for a compiled cell, say; a method `linearize` supplies
+    its Jacobian in closed form (see `linear.JacobianOperator`).
 
     Args:
         cell: maps `(z, *inputs)` to the next z: an `nn.Module`, whose parameters are the layer's, or a function.
