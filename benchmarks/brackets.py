@@ -57,7 +57,7 @@ def main(arguments: Sequence[str]) -> int:
     random = np.random.default_rng(0)
     a = random.uniform(0.1, 6.0, options.brackets)
     low, high = random.uniform(-2.0, -0.1, options.brackets), random.uniform(3.0, 5.0, options.brackets)
-    tensors = [torch.from_numpy(t) for t in (a, low, high)]
+    inputs, lower, upper = (torch.from_numpy(t) for t in (a, low, high))
     table = Table(title=f"{options.brackets:,} brackets, float64, 1 thread, |f| ≤ {options.tolerance:g}")
     for heading in ("function", "SciPy, s", "ours, s", "ratio (range)", "mean steps", "counts within 1", "solved"):
         table.add_column(heading, justify="right")
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str]) -> int:
         times: dict[str, list[float]] = {"ours": [], "theirs": []}
         for turn in range(options.repeats + 1):
             began = time.perf_counter()
-            solution = ours(name, *tensors, options.tolerance)
+            solution = ours(name, inputs, lower, upper, options.tolerance)
             between = time.perf_counter()
             reference = theirs(name, a, low, high, options.tolerance)
             ended = time.perf_counter()
@@ -96,7 +96,7 @@ def main(arguments: Sequence[str]) -> int:
             f"{100 * close:.2f} %",
             f"{100 * row['converged']:.2f} %",
         )
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
     settings = {"brackets": options.brackets, "repeats": options.repeats, "tolerance": options.tolerance}
     write(options.out, {**circumstances("benchmarks.brackets", arguments), "settings": settings, "rows": rows})
     return int(not good)

@@ -19,7 +19,7 @@ SOLVERS: dict[str, ti.solvers.Solver] = {
     "newton_gmres": ti.Newton(rtol=TIGHT, linear_solver=ti.GMRES()),
     "newton_krylov": ti.NewtonKrylov(rtol=TIGHT),
     "chord": ti.Chord(rtol=TIGHT),
-    "broyden": ti.Broyden(rtol=TIGHT),
+    "broyden": ti.Broyden(rtol=TIGHT, update="good"),
     "broyden_bad": ti.Broyden(rtol=TIGHT, update="bad"),
     "dogleg": ti.Dogleg(rtol=TIGHT),
     "levenberg_marquardt": ti.LevenbergMarquardt(rtol=TIGHT),

@@ -19,7 +19,7 @@ FIXED = {
     "Picard()",
     "Anderson()",
     "Broyden()",
-    "Broyden(update='bad')",
+    "Broyden(update='good')",
     "NewtonKrylov()",
     "Chord()",
     "Newton()",

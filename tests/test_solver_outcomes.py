@@ -54,9 +54,12 @@ SOLVERS: dict[str, tuple[Make, dict[str, str]]] = {
         ti.Anderson,
         dict.fromkeys(["01", "03", "04", "05", "06", "11", "12", "13", "14", "15", "16", "21"], NO_CONTRACTION),
     ),
-    "broyden": (ti.Broyden, dict.fromkeys(["01", "02", "03", "04", "05", "06", "15", "16", "21"], IDENTITY)),
+    "broyden_good": (
+        lambda **options: ti.Broyden(update="good", **options),
+        dict.fromkeys(["01", "02", "03", "04", "05", "06", "15", "16", "21"], IDENTITY),
+    ),
     "broyden_bad": (
-        lambda **options: ti.Broyden(update="bad", **options),
+        ti.Broyden,
         dict.fromkeys(["01", "02", "03", "04", "05", "06", "15", "16", "21", "22"], IDENTITY),
     ),
     "newton": (ti.Newton, {"01": CHAIN, "21": LOCAL}),

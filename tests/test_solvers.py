@@ -19,7 +19,7 @@ ALL = {
     "newton_krylov": ti.NewtonKrylov(),
     "newton_bicgstab": ti.NewtonKrylov(linear_solver=ti.BiCGStab()),
     "chord": ti.Chord(),
-    "broyden": ti.Broyden(),
+    "broyden": ti.Broyden(update="good"),
     "broyden_bad": ti.Broyden(update="bad"),
     "dogleg": ti.Dogleg(),
     "levenberg_marquardt": ti.LevenbergMarquardt(),
@@ -139,6 +139,25 @@ def test_damping_cures_a_map_that_is_no_contraction(damping: float) -> None:
         lambda z: 4.0 - 3.0 * z, torch.zeros(1, dtype=DOUBLE), solver=ti.Picard(), on_failure="ignore"
     )
     assert plain.status.item() == ti.Status.DIVERGED
+
+
+def test_damping_with_patience_finds_what_each_sample_needs() -> None:
+    """Slopes 0.5, −3 and −9: the factor 1 − η(1 − J) is below 1 in size for η = 1, below 1/2 and below 1/5."""
+    slope = torch.tensor([[0.5], [-3.0], [-9.0]], dtype=DOUBLE)
+
+    def solve(slope: Tensor) -> ti.Solution:
+        solver = ti.Picard(damping_patience=3)
+        return ti.fixed_point(
+            lambda z, slope: slope * z + 1, torch.zeros_like(slope), slope, solver=solver, batch_dims=1
+        )
+
+    together = solve(slope)
+    assert together.converged.all()
+    torch.testing.assert_close(together.value, 1 / (1 - slope), rtol=1e-9, atol=0)
+    plain = ti.fixed_point(lambda z: 0.5 * z + 1, torch.zeros(1, 1, dtype=DOUBLE), solver=ti.Picard(), batch_dims=1)
+    assert together.steps[0] == plain.steps[0]
+    for i in range(3):
+        assert solve(slope[i : i + 1]).steps.item() == together.steps[i].item()
 
 
 @pytest.mark.parametrize("contraction", [0.9, 0.97])
@@ -299,3 +318,21 @@ def test_warmup_of_newton_is_plain_iteration_whoever_looks(every: int) -> None:
     untraced = ti.fixed_point(p.map, p.start, solver=solver, batch_dims=1)
     assert torch.equal(untraced.value, sol.value)
     assert torch.equal(untraced.steps, sol.steps)
+
+
+def test_verbose_prints_a_line_for_every_step(capsys: pytest.CaptureFixture[str]) -> None:
+    factor = torch.tensor([[0.1], [0.5], [0.9]], dtype=DOUBLE)
+    quiet = ti.fixed_point(lambda z: factor * z + 1, torch.zeros_like(factor), solver=ti.Picard(), batch_dims=1)
+    assert capsys.readouterr().err == ""
+    sol = ti.fixed_point(
+        lambda z: factor * z + 1, torch.zeros_like(factor), solver=ti.Picard(), batch_dims=1, verbose=True
+    )
+    assert torch.equal(sol.value, quiet.value)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "fixed_point: 3 samples"
+    steps = lines[2:]
+    assert len(steps) == int(sol.steps.max())
+    assert [int(line.split()[0]) for line in steps] == list(range(1, len(steps) + 1))
+    assert all(line.split()[1] == "Picard" for line in steps)
+    assert steps[-1].split()[-2:] == ["100.0", "%"]
+    assert float(steps[0].split()[4]) == pytest.approx(0.9, rel=1e-2)  # the largest residual after a step: 0.9

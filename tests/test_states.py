@@ -9,7 +9,7 @@ DOUBLE, COMPLEX = torch.float64, torch.complex128
 SOLVERS = {
     "picard": ti.Picard(),
     "anderson": ti.Anderson(),
-    "broyden": ti.Broyden(),
+    "broyden": ti.Broyden(update="good"),
     "broyden_bad": ti.Broyden(update="bad"),
     "newton": ti.Newton(),
     "newton_krylov": ti.NewtonKrylov(),

@@ -54,7 +54,7 @@ def applicable(
         light = [Auto(), LevenbergMarquardt(linear_solver="cg"), LBFGS(), NewtonCG()]
     else:
         dense = [Chord(), Newton(), Dogleg(), LevenbergMarquardt()]
-        light = [Auto(), Picard(), Anderson(), Broyden(), Broyden(update="bad"), NewtonKrylov()]
+        light = [Auto(), Picard(), Anderson(), Broyden(), Broyden(update="good"), NewtonKrylov()]
     size = batch * rows * unknowns * dtype.itemsize
     if size > DENSE_BYTES:
         return light, tuple(label(solver) for solver in dense), size

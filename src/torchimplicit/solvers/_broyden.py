@@ -53,11 +53,12 @@ class Broyden(Solver[_Memory]):
 
     Args:
         history: pairs kept.
-        update: `"good"` or `"bad"`.
+        update: `"bad"`, which fixed points prefer: with a limited memory the good one takes 8 to 17 times as many steps
+            on maps that contract slowly (docs/solvers.md); or `"good"`, which solves one more of the classical roots.
     """
 
     history: int = 10
-    update: Literal["good", "bad"] = "good"
+    update: Literal["good", "bad"] = "bad"
 
     max_steps: ClassVar[int] = 500
     patience: ClassVar[int] = 100
