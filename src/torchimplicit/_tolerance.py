@@ -70,10 +70,10 @@ class Tolerance:
         """Whether a root is as near as its residual is small, `(B,)`; asked of the default tolerance only.
 
         Far from a root fn may be so large that anything is small beside it: what matters then is that z need move by
-        no more than `√ε` of its size, or of the way it has come, for fn to change by as much as is left of it.
+        no more than `ε^(2/3)` of its size, or of the way it has come, for fn to change by as much as is left of it.
         """
         size = torch.maximum(z.abs(), (z - self._z0).square().mean(dim=1, keepdim=True).sqrt())
-        change = self._noise(self._problem, z, evaluation, self._problem.epsilon**0.5 * size)
+        change = self._noise(self._problem, z, evaluation, self._problem.epsilon ** (2 / 3) * size)
         return (norm <= self.norm(change)) | (norm <= self._least)
 
     def credible(self, problem: Problem, z: Tensor, peak: Tensor) -> Tensor | None:

@@ -70,12 +70,15 @@ class Auto(Method):
         stages = [Stage(newton, 60, patience=12) if n <= _DENSE else Stage(newton, 60, patience=6, progress=0.1)]
         if dense:
             full = Newton(max_backtracks=0, **common)
-            stages += [
-                Stage(full, 200, patience=200, start="z0"),
-                Stage(Dogleg(**common), 400, patience=60, start="z0"),
-            ]
-            if n <= _DENSE:
+            if n > _DENSE:
                 stages += [
+                    Stage(full, 60, patience=20, start="z0"),
+                    Stage(Dogleg(**common), 60, patience=20, start="z0"),
+                ]
+            else:
+                stages += [
+                    Stage(full, 200, patience=200, start="z0"),
+                    Stage(Dogleg(**common), 400, patience=60, start="z0"),
                     Stage(strong, 300, patience=60, start="z0"),
                     Stage(full, 100, patience=100, start="z0", spread=0.2),
                     Stage(strong, 100, patience=40, start="z0", spread=1.0),
