@@ -79,6 +79,9 @@ $(VENV)/.bench: pyproject.toml $(VENV)/.torch
 
 bench-solvers: $(VENV)/.bench ## run our solvers and the peers on the test problems (SOLVERS_ARGS=--quick for some)
 	$(BIN)/python -m benchmarks.solver_table $(SOLVERS_ARGS)
+	$(BIN)/python -m benchmarks.newton_krylov
+	$(BIN)/python -m benchmarks.brackets
+	$(BIN)/python -m benchmarks.default_solver
 
 bench-notebook: $(VENV)/.train ## measure memory and time against the notebook's own algorithms, one thread
 	$(BIN)/python -m benchmarks.memory

@@ -42,12 +42,13 @@ def _blocks(document: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / document).read_text(), re.DOTALL | re.MULTILINE)
 
 
-def test_the_readmes_python_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    blocks = _blocks("README.md", "python")
+@pytest.mark.parametrize("document", ["README.md", "docs/solvers.md"])
+def test_the_python_of_a_document_runs(document: str) -> None:
+    blocks = _blocks(document, "python")
     assert blocks
     namespace: dict[str, object] = {}
     for block in blocks:
-        exec(compile(block, "README.md", "exec"), namespace)
+        exec(compile(block, document, "exec"), namespace)
 
 
 @pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
@@ -65,9 +66,9 @@ def test_the_readme_names_both_commands() -> None:
 
 
 def test_links_between_documents_lead_somewhere() -> None:
-    for document in ROOT.glob("*.md"):
+    for document in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")):
         for target in re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text()):
-            assert "://" in target or (ROOT / target).exists(), f"{document.name}: {target}"
+            assert "://" in target or (document.parent / target).exists(), f"{document.name}: {target}"
 
 
 @pytest.mark.parametrize("name", ti.__all__)
