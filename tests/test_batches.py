@@ -67,3 +67,33 @@ def test_root_does_not_depend_on_the_batch(solver: ti.solvers.Method, data: st.D
             torch.testing.assert_close(sol.value[row], alone.value[0], rtol=1e-12, atol=1e-12)
         if i == poisoned:
             assert alone.status.item() == ti.Status.NONFINITE
+
+
+def test_rest_from_acceleration_is_a_samples_own() -> None:
+    """Maps that rotate gain nothing by acceleration, symmetric ones much: side by side as each alone."""
+    n, generator = 12, torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=DOUBLE))[0]
+    turning = [0.7 * torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=DOUBLE))[0] for _ in range(3)]
+    fixed = [(basis * torch.linspace(-g, g, n, dtype=DOUBLE)) @ basis.T for g in (0.5, 0.8, 0.9)]
+    matrices = torch.stack([m for pair in zip(turning, fixed, strict=True) for m in pair])
+    x = torch.randn(len(matrices), n, generator=generator, dtype=DOUBLE)
+
+    def solve(rows: slice) -> ti.Solution:
+        matrix, b = matrices[rows], x[rows]
+        return ti.fixed_point(
+            lambda z: torch.einsum("bij,bj->bi", matrix, z) + b,
+            torch.zeros_like(b),
+            solver=ti.Anderson(adaptive=True, rtol=1e-12),
+            batch_dims=1,
+            trace=True,
+        )
+
+    together = solve(slice(None))
+    assert together.trace is not None
+    for i in range(len(matrices)):
+        alone = solve(slice(i, i + 1))
+        assert alone.trace is not None
+        early = slice(0, min(24, int(alone.steps)))  # later rounding has grown
+        torch.testing.assert_close(together.trace[early, i], alone.trace[early, 0], rtol=1e-12, atol=0)
+        assert abs(int(together.steps[i] - alone.steps[0])) <= 1
+        torch.testing.assert_close(together.value[i], alone.value[0], rtol=1e-12, atol=1e-12)

@@ -115,7 +115,7 @@ class Anderson(Solver[_History]):
         batch, n = z.shape
         m = min(self.history, max(n, 1))
         return _History(
-            pairs=z.new_zeros(batch, m, 2 * n),
+            pairs=z.new_empty(batch, m, 2 * n),  # no row is read before it is written
             gamma=z.new_zeros(batch, 0),
             norm=two(evaluation.residual),
             wait=torch.zeros(batch, dtype=torch.long, device=z.device),
@@ -144,6 +144,7 @@ class Anderson(Solver[_History]):
     ) -> Step[_History]:
         """One accelerated step of all samples: leaving some out would cost more than it saves."""
         residual, gamma = evaluation.residual, state.gamma
+        rested = state.rest > 0 if state.resting else None
         state.taken += 1
         if state.waiting:
             gamma = torch.where((state.wait == 0)[:, None], gamma, 0.0)
@@ -168,9 +169,12 @@ class Anderson(Solver[_History]):
             state.wait = torch.where(keep, state.wait, state.pause)
             state.pause = torch.where(keep, state.pause, 4 * state.pause)
             state.waiting = True
-        self._remember(state, z, residual, new, found.residual)
         if self.adaptive and state.taken % _LOOK == 0:
             _consider(state, gamma, norm, active)
+        if not state.plain:
+            self._remember(state, z, residual, new, found.residual)
+        if rested is not None:
+            state.rest = state.rest - rested.to(state.rest.dtype)
         state.norm = norm
         return Step(new, found, state)
 
@@ -198,7 +202,6 @@ class Anderson(Solver[_History]):
         if state.resting:
             # A sample at rest has no history, whether or not others make one meanwhile.
             size.masked_fill_(state.rest > 0, torch.inf)
-            state.rest = (state.rest - 1).clamp_min_(0)
         torch.div(pair, size[:, None], out=row)
         newest = torch.linalg.vecdot(row[:, :n], found)
         if slot < state.filled:
@@ -225,10 +228,14 @@ def _consider(state: _History, gamma: Tensor, norm: Tensor, active: Tensor | Non
     state.longer = torch.where(idle, 2 * state.longer, state.longer)
     tired = state.rest > 0
     state.resting = bool(tired.any())
-    if state.resting:
-        state.pairs[idle] = 0.0
+    if not state.resting:
+        return
+    awake = ~tired if active is None else active & ~tired
+    if bool(awake.any()):
+        state.pairs[idle, : state.filled] = 0.0
         state.gamma = torch.where(tired[:, None], 0.0, state.gamma)
-        awake = ~tired if active is None else active & ~tired
-        if not bool(awake.any()):
-            resting = state.rest if active is None else state.rest[active]
-            state.plain = int(resting.min())
+    else:
+        resting = state.rest if active is None else state.rest[active]
+        state.plain = int(resting.min())
+        state.filled, state.next, state.gamma = 0, 0, state.gamma[:, :0]
+        state.view()
