@@ -4,6 +4,9 @@ Where a method's own test is on the step alone (MINPACK's), its tolerance is set
 method that can use the exact Jacobian gets it. SciPy, JAX and xitorch are imported by the methods that need them.
 """
 
+# The peers are an extra of their own, and need not be there for the types to be checked.
+# pyright: reportMissingImports=false
+
 import warnings
 from functools import partial
 from typing import Any
