@@ -96,3 +96,28 @@ def test_rest_from_acceleration_is_a_samples_own() -> None:
         early = slice(0, min(24, int(alone.steps)))  # later rounding has grown
         torch.testing.assert_close(together.trace[early, i], alone.trace[early, 0], rtol=1e-12, atol=0)
         torch.testing.assert_close(together.value[i], alone.value[0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("gamma", [0.6, 0.9])
+def test_rest_is_the_same_for_a_root_and_a_fixed_point(gamma: float) -> None:
+    """Plain steps in one go, as a fixed point allows, and one by one: first a rotation, which gains nothing."""
+    n, generator = 12, torch.Generator().manual_seed(1)
+    matrix = gamma * torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=DOUBLE))[0]
+    b = torch.randn(2, n, generator=generator, dtype=DOUBLE)
+    tolerance = {"rtol": 0.0, "atol": 1e-9}
+
+    def fn(z: Tensor) -> Tensor:
+        return z @ matrix + b
+
+    zeros = torch.zeros_like(b)
+    solver = ti.Anderson(adaptive=True, check_every=4, **tolerance)
+    one = ti.fixed_point(fn, zeros, solver=solver, batch_dims=1)
+    other = ti.root(lambda z: z - fn(z), zeros, solver=solver, batch_dims=1)
+    damped = ti.fixed_point(fn, zeros, solver=ti.Anderson(adaptive=True, mixing=0.999, **tolerance), batch_dims=1)
+    assert one.converged.all()
+    assert damped.converged.all()
+    assert torch.equal(one.steps, other.steps)
+    torch.testing.assert_close(one.value, other.value, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(damped.value, one.value, rtol=1e-7, atol=1e-7)
+    always = ti.fixed_point(fn, zeros, solver=ti.Anderson(**tolerance), batch_dims=1)
+    assert int(one.steps.max()) <= 1.3 * int(always.steps.max()) + 4

@@ -16,7 +16,9 @@ from .linear import Cascade
 from .solvers import Method, Stage
 
 _FAR = 3.0
+"""Sizes of the start from it, beyond which a root is looked at again."""
 _SHORT = 1e-2
+"""Part of the way, above which a Newton step is long."""
 _STARTS = ((0.1, 0.0), (-1.0, 0.0), (0.0, 1.0), (0.0, 0.0), (0.0, -1.0))
 """Factors and shifts that make another start of one."""
 

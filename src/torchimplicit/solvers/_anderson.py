@@ -169,10 +169,13 @@ class Anderson(Solver[_History]):
             state.wait = torch.where(keep, state.wait, state.pause)
             state.pause = torch.where(keep, state.pause, 4 * state.pause)
             state.waiting = True
-        if self.adaptive and state.taken % _LOOK == 0:
-            _consider(state, gamma, norm, active)
-        if not state.plain:
-            self._remember(state, z, residual, new, found.residual)
+        if state.plain:
+            state.plain -= 1
+        else:
+            if self.adaptive and state.taken % _LOOK == 0:
+                _consider(state, gamma, norm, active)
+            if not state.plain:
+                self._remember(state, z, residual, new, found.residual)
         if rested is not None:
             state.rest = state.rest - rested.to(state.rest.dtype)
         state.norm = norm
