@@ -15,6 +15,9 @@ _LOOK = 4
 _LEAST_GAIN = 0.1
 """Share of the fall of the residual (of its logarithm) that acceleration must have, relative to the map's own."""
 
+_FAST = 0.25
+"""Fall of the residual in the first step, below which acceleration is not begun with."""
+
 
 @dataclass
 class _History:
@@ -87,6 +90,7 @@ class Anderson(Solver[_History]):
     4. `adaptive=True`: every fourth step it is measured, sample by sample, how much of the fall of the residual is due
        to the acceleration, `‖r − Q γ‖/‖r‖`, and how much to the map. Where that is less than a tenth the sample drops
        its history and rests from acceleration for 4, 8, 16, … steps: they cost nothing beside fn once all samples do.
+       A sample whose first step cuts the residual to a quarter begins with a rest.
 
     Args:
         history: differences kept, `m`.
@@ -172,7 +176,7 @@ class Anderson(Solver[_History]):
         if state.plain:
             state.plain -= 1
         else:
-            if self.adaptive and state.taken % _LOOK == 0:
+            if self.adaptive and (state.taken == 1 or state.taken % _LOOK == 0):
                 _consider(state, gamma, norm, active)
             if not state.plain:
                 self._remember(state, z, residual, new, found.residual)
@@ -221,14 +225,19 @@ def _consider(state: _History, gamma: Tensor, norm: Tensor, active: Tensor | Non
     """Send the samples to rest for which the last step's acceleration did not pay.
 
     The step went from a residual of size `state.norm`, of which `g` was left by the acceleration, to `norm`: the map
-    contracted by `c = norm / (g · state.norm)`. It pays if `ln g < 0.1 ln c`, both below 1.
+    contracted by `c = norm / (g · state.norm)`. It pays if `ln g < 0.1 ln c`, both below 1. The first step has no
+    history: after it only samples rest whose map contracts so fast that few steps are left.
     """
     share = torch.linalg.vecdot(gamma, gamma) / (state.norm * state.norm)
     left = (1.0 - share).clamp_min_(torch.finfo(norm.dtype).eps).sqrt_()
     contraction = norm / (left * state.norm)
-    idle = (contraction < 1.0) & (left.log() > _LEAST_GAIN * contraction.log()) & (gamma != 0).any(dim=1)
-    state.rest = torch.where(idle, state.longer, state.rest)
-    state.longer = torch.where(idle, 2 * state.longer, state.longer)
+    if state.taken == 1:
+        idle = contraction < _FAST
+        state.rest = torch.where(idle, 2 * _LOOK - 1, state.rest)
+    else:
+        idle = (contraction < 1.0) & (left.log() > _LEAST_GAIN * contraction.log()) & (gamma != 0).any(dim=1)
+        state.rest = torch.where(idle, state.longer, state.rest)
+        state.longer = torch.where(idle, 2 * state.longer, state.longer)
     tired = state.rest > 0
     state.resting = bool(tired.any())
     if not state.resting:
