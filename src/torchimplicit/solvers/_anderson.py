@@ -1,6 +1,6 @@
 """Anderson acceleration (type II) on an orthonormal history, with per-sample safeguard and restart."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -24,8 +24,9 @@ class _History:
     """Differences of the last iterates of each sample, orthonormalised, in a ring of `m` rows; empty rows are zero.
 
     Attributes:
-        pairs: rows `[q | w]`, `(B, m, 2n)`: `q` of the differences of r, `w` the same combination of `Δz + mixing·Δr`.
-        gamma: `qᵀ r` of each row with the residual at the current iterate, `(B, m)`.
+        pairs: rows `[q | w]`, `(A, m, 2n)`: `q` of the differences of r, `w` the same combination of `Δz + mixing·Δr`;
+            of the samples that do not rest.
+        gamma: `qᵀ r` of each row with the residual at the current iterate, `(A, m)`.
         norm: of that residual, `(B,)`.
         wait: plain steps to take before acceleration is tried again, after a refusal, `(B,)`.
         pause: length of the next wait, `(B,)`.
@@ -33,7 +34,7 @@ class _History:
         longer: length of the next rest, `(B,)`.
         next: the row that the next difference overwrites.
         waiting: whether any sample waits.
-        resting: whether any sample rests.
+        awake: the samples that do not rest, by their indices, `(A,)`; None while none does.
         plain: steps for which every sample that runs rests.
         taken: steps so far.
         rows: views of each row of the pairs.
@@ -50,7 +51,7 @@ class _History:
     longer: Tensor
     next: int = 0
     waiting: bool = False
-    resting: bool = False
+    awake: Tensor | None = None
     plain: int = 0
     taken: int = 0
     filled: int = 0
@@ -66,6 +67,52 @@ class _History:
         self.view()
         pair = self.pairs.new_empty(batch, width)
         self.pair = pair, pair[:, :n], pair[:, n:]
+
+    def take(self, t: Tensor) -> Tensor:
+        """Of a tensor with a row for every sample those of the samples awake."""
+        return t if self.awake is None else t.index_select(0, self.awake)
+
+    def select(self, samples: Tensor) -> "_History":
+        """The history of some samples alone, by their indices."""
+        rows, awake = samples, None
+        if self.awake is not None:
+            place = torch.full_like(self.rest, -1)
+            place.index_copy_(0, self.awake, torch.arange(len(self.awake), device=self.awake.device))
+            place = place.index_select(0, samples)
+            awake = (place >= 0).nonzero()[:, 0]
+            rows = place.index_select(0, awake)
+        return replace(
+            self,
+            pairs=self.pairs.index_select(0, rows),
+            gamma=self.gamma.index_select(0, rows),
+            norm=self.norm.index_select(0, samples),
+            wait=self.wait.index_select(0, samples),
+            pause=self.pause.index_select(0, samples),
+            rest=self.rest.index_select(0, samples),
+            longer=self.longer.index_select(0, samples),
+            awake=awake,
+        )
+
+    def rouse(self) -> Tensor | None:
+        """Give a history to the samples that rest no more; which of them are new, `(A,)` bool, or None if all are."""
+        before = self.awake
+        now = (self.rest == 0).nonzero()[:, 0]
+        self.awake = now if now.numel() < self.rest.numel() else None
+        if not self.filled:
+            self.pairs = self.pairs.new_empty(now.numel(), *self.pairs.shape[1:])
+            self.gamma = self.gamma.new_zeros(now.numel(), 0)
+            self.__post_init__()
+            return None
+        known = torch.ones_like(self.rest, dtype=torch.bool)
+        place = torch.arange(known.numel(), device=known.device)
+        if before is not None:
+            known = torch.zeros_like(known).index_fill_(0, before, True)
+            place = torch.zeros_like(place).index_copy_(0, before, place[: len(before)])
+        known, place = known.index_select(0, now), place.index_select(0, now)
+        self.pairs = torch.where(known[:, None, None], self.pairs.index_select(0, place), 0.0)
+        self.gamma = torch.where(known[:, None], self.gamma.index_select(0, place), 0.0)
+        self.__post_init__()
+        return ~known
 
     def view(self) -> None:
         """Make the views of the rows that have been written."""
@@ -147,46 +194,58 @@ class Anderson(Solver[_History]):
         self, problem: Problem, z: Tensor, evaluation: Evaluation, state: _History, active: Tensor | None
     ) -> Step[_History]:
         """One accelerated step of all samples: leaving some out would cost more than it saves."""
-        residual, gamma = evaluation.residual, state.gamma
-        rested = state.rest > 0 if state.resting else None
+        residual = evaluation.residual
+        if state.awake is not None and not state.plain and not state.filled:
+            state.rouse()  # after steps in which everyone rested
+        gamma, new_here = state.gamma, None
+        resting = state.awake is not None or state.plain > 0
         state.taken += 1
         if state.waiting:
-            gamma = torch.where((state.wait == 0)[:, None], gamma, 0.0)
+            gamma = torch.where(state.take(state.wait == 0)[:, None], gamma, 0.0)
             state.wait = (state.wait - 1).clamp_min(0)
-        plain = torch.add(z, residual, alpha=self.mixing)
-        new = plain
-        if state.filled:
-            new = torch.baddbmm(plain[:, None], gamma[:, None], state.known[2], alpha=-1)[:, 0]
+        new = torch.add(z, residual, alpha=self.mixing)
+        if state.filled and state.awake is None:
+            new = torch.baddbmm(new[:, None], gamma[:, None], state.known[2], alpha=-1)[:, 0]
+        elif state.filled and state.awake is not None:
+            change = torch.bmm(gamma[:, None], state.known[2])[:, 0]
+            new.index_add_(0, state.awake, change, alpha=-1)
         found = problem.evaluate(new)
         norm = two(found.residual)
         # Also true of NaN, in the residual or in the coefficients.
         refused = (norm <= 2.0 * state.norm).logical_not_()
         if bool(refused.any()):
             # At rest nothing matters, and a plain step is not taken back.
-            refused &= (gamma != 0).any(dim=1)
             if active is not None:
                 refused &= active
+            mine = state.take(refused) & (gamma != 0).any(dim=1)
+            refused = mine if state.awake is None else torch.zeros_like(refused).index_copy_(0, state.awake, mine)
             keep = ~refused
-            state.pairs[refused] = 0.0
+            state.pairs[mine] = 0.0
             new, found = hold(keep, new, z), found.where(keep, evaluation)
             norm = torch.where(keep, norm, state.norm)
             state.wait = torch.where(keep, state.wait, state.pause)
             state.pause = torch.where(keep, state.pause, 4 * state.pause)
             state.waiting = True
+        if resting:
+            state.rest = (state.rest - 1).clamp_min_(0)
         if state.plain:
             state.plain -= 1
         else:
             if self.adaptive and (state.taken == 1 or state.taken % _LOOK == 0):
-                _consider(state, gamma, norm, active)
+                new_here = _consider(state, gamma, norm, active)
             if not state.plain:
-                self._remember(state, z, residual, new, found.residual)
-        if rested is not None:
-            state.rest = state.rest - rested.to(state.rest.dtype)
+                parts = (state.take(t) for t in (z, residual, new, found.residual))
+                self._remember(state, *parts, new_here=new_here)
         state.norm = norm
         return Step(new, found, state)
 
-    def _remember(self, state: _History, z: Tensor, residual: Tensor, new: Tensor, found: Tensor) -> None:
-        """Put a difference into the ring; one of length zero (a sample that was refused) leaves an empty row."""
+    def _remember(
+        self, state: _History, z: Tensor, residual: Tensor, new: Tensor, found: Tensor, new_here: Tensor | None
+    ) -> None:
+        """Put a difference into the ring; one of length zero (a sample that was refused) leaves an empty row.
+
+        So does one of a sample that has just been roused: the step was a plain one.
+        """
         pair, dr, dz = state.pair
         torch.sub(found, residual, out=dr)
         torch.sub(new, z, out=dz)
@@ -206,9 +265,8 @@ class Anderson(Solver[_History]):
         drop = torch.finfo(dr.dtype).eps ** 0.5 if self.drop_tolerance is None else self.drop_tolerance
         row = state.rows[slot]
         size.masked_fill_(size <= drop * length, torch.inf)
-        if state.resting:
-            # A sample at rest has no history, whether or not others make one meanwhile.
-            size.masked_fill_(state.rest > 0, torch.inf)
+        if new_here is not None:
+            size.masked_fill_(new_here, torch.inf)
         torch.div(pair, size[:, None], out=row)
         newest = torch.linalg.vecdot(row[:, :n], found)
         if slot < state.filled:
@@ -221,33 +279,39 @@ class Anderson(Solver[_History]):
         state.next = (slot + 1) % len(state.rows)
 
 
-def _consider(state: _History, gamma: Tensor, norm: Tensor, active: Tensor | None) -> None:
-    """Send the samples to rest for which the last step's acceleration did not pay.
+def _consider(state: _History, gamma: Tensor, norm: Tensor, active: Tensor | None) -> Tensor | None:
+    """Send the samples to rest for which the last step's acceleration did not pay, and rouse those that have rested.
 
     The step went from a residual of size `state.norm`, of which `g` was left by the acceleration, to `norm`: the map
     contracted by `c = norm / (g · state.norm)`. It pays if `ln g < 0.1 ln c`, both below 1. The first step has no
     history: after it only samples rest whose map contracts so fast that few steps are left.
+
+    Returns:
+        Which of the samples awake have just been roused, `(A,)` bool; None if none were.
     """
-    share = torch.linalg.vecdot(gamma, gamma) / (state.norm * state.norm)
+    before, after = state.take(state.norm), state.take(norm)
+    share = torch.linalg.vecdot(gamma, gamma) / (before * before)
     left = (1.0 - share).clamp_min_(torch.finfo(norm.dtype).eps).sqrt_()
-    contraction = norm / (left * state.norm)
+    contraction = after / (left * before)
+    longer = state.take(state.longer)
     if state.taken == 1:
-        idle = contraction < _FAST
-        state.rest = torch.where(idle, 2 * _LOOK - 1, state.rest)
+        idle, longer = contraction < _FAST, torch.full_like(longer, 2 * _LOOK - 1)
     else:
         idle = (contraction < 1.0) & (left.log() > _LEAST_GAIN * contraction.log()) & (gamma != 0).any(dim=1)
-        state.rest = torch.where(idle, state.longer, state.rest)
-        state.longer = torch.where(idle, 2 * state.longer, state.longer)
-    tired = state.rest > 0
-    state.resting = bool(tired.any())
-    if not state.resting:
-        return
-    awake = ~tired if active is None else active & ~tired
+    tired = idle if state.awake is None else torch.zeros_like(norm, dtype=torch.bool).index_copy_(0, state.awake, idle)
+    if state.awake is None and not bool(tired.any()):
+        return None
+    lengths = longer if state.awake is None else torch.zeros_like(state.rest).index_copy_(0, state.awake, longer)
+    state.rest = torch.where(tired, lengths, state.rest)
+    if state.taken > 1:
+        state.longer = torch.where(tired, 2 * state.longer, state.longer)
+    awake = (state.rest == 0) if active is None else active & (state.rest == 0)
     if bool(awake.any()):
-        state.pairs[idle, : state.filled] = 0.0
-        state.gamma = torch.where(tired[:, None], 0.0, state.gamma)
-    else:
-        resting = state.rest if active is None else state.rest[active]
-        state.plain = int(resting.min())
-        state.filled, state.next, state.gamma = 0, 0, state.gamma[:, :0]
-        state.view()
+        return state.rouse()
+    resting = state.rest if active is None else state.rest[active]
+    state.plain = int(resting.min())
+    state.filled, state.next = 0, 0
+    state.pairs, state.gamma = state.pairs[:0], state.gamma.new_zeros(0, 0)
+    state.awake = torch.empty(0, dtype=torch.long, device=norm.device)
+    state.__post_init__()
+    return None

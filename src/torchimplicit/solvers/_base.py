@@ -136,10 +136,13 @@ class Solver(Method, Generic[State]):
     def select(self, state: State, samples: Tensor) -> State:
         """The state of some samples alone, by their indices.
 
-        Every tensor in it has the batch first; what has a method `select` of its own is asked for its part.
+        Every tensor in it has the batch first; a state, or a part of one, that has a method `select` of its own is
+        asked for it.
         """
         if state is None:
             return state
+        if hasattr(state, "select"):
+            return state.select(samples)  # pyright: ignore[reportAttributeAccessIssue]
         parts = {}
         for f in fields(state):  # pyright: ignore[reportArgumentType]
             if not f.init:
