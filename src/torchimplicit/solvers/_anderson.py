@@ -93,10 +93,11 @@ class _History:
             awake=awake,
         )
 
-    def rouse(self) -> Tensor | None:
+    def rouse(self, active: Tensor | None) -> Tensor | None:
         """Give a history to the samples that rest no more; which of them are new, `(A,)` bool, or None if all are."""
         before = self.awake
-        now = (self.rest == 0).nonzero()[:, 0]
+        fit = self.rest == 0
+        now = (fit if active is None else fit & active).nonzero()[:, 0]
         self.awake = now if now.numel() < self.rest.numel() else None
         if not self.filled:
             self.pairs = self.pairs.new_empty(now.numel(), *self.pairs.shape[1:])
@@ -196,7 +197,7 @@ class Anderson(Solver[_History]):
         """One accelerated step of all samples: leaving some out would cost more than it saves."""
         residual = evaluation.residual
         if state.awake is not None and not state.plain and not state.filled:
-            state.rouse()  # after steps in which everyone rested
+            state.rouse(active)  # after steps in which everyone rested
         gamma, new_here = state.gamma, None
         resting = state.awake is not None or state.plain > 0
         state.taken += 1
@@ -307,7 +308,7 @@ def _consider(state: _History, gamma: Tensor, norm: Tensor, active: Tensor | Non
         state.longer = torch.where(tired, 2 * state.longer, state.longer)
     awake = (state.rest == 0) if active is None else active & (state.rest == 0)
     if bool(awake.any()):
-        return state.rouse()
+        return state.rouse(active)
     resting = state.rest if active is None else state.rest[active]
     state.plain = int(resting.min())
     state.filled, state.next = 0, 0
