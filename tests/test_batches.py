@@ -121,3 +121,39 @@ def test_rest_is_the_same_for_a_root_and_a_fixed_point(gamma: float) -> None:
     torch.testing.assert_close(damped.value, one.value, rtol=1e-7, atol=1e-7)
     always = ti.fixed_point(fn, zeros, solver=ti.Anderson(**tolerance), batch_dims=1)
     assert int(one.steps.max()) <= 1.3 * int(always.steps.max()) + 4
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_adaptive_history_of_mixed_batches_is_each_samples_own(data: st.DataObject) -> None:
+    """Rotations, symmetric maps and quick ones in any mixture: who rests when is seen in nobody else's steps."""
+    n, size = 6, data.draw(st.integers(2, 8))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    matrices = []
+    for _ in range(size):
+        basis = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=DOUBLE))[0]
+        gamma = data.draw(st.sampled_from([0.05, 0.2, 0.5, 0.8, 0.95]))
+        straight = (basis * torch.linspace(-gamma, gamma, n, dtype=DOUBLE)) @ basis.T
+        matrices.append(gamma * basis if data.draw(st.booleans()) else straight)
+    matrix, x = torch.stack(matrices), torch.randn(size, n, generator=generator, dtype=DOUBLE)
+    solver = ti.Anderson(adaptive=True, rtol=1e-13, check_every=data.draw(st.integers(1, 3)))
+
+    def fn(z: Tensor, matrix: Tensor, x: Tensor) -> Tensor:
+        return torch.tanh((z[:, None] * matrix).sum(dim=2)) + x
+
+    def solve(rows: slice, split: bool) -> ti.Solution:
+        m, b = matrix[rows], x[rows]
+        if split:
+            return ti.fixed_point(fn, torch.zeros_like(b), m, b, solver=solver, batch_dims=1)
+        return ti.fixed_point(lambda z: fn(z, m, b), torch.zeros_like(b), solver=solver, batch_dims=1, trace=True)
+
+    whole, parts = solve(slice(None), False), solve(slice(None), True)
+    for i in range(size):
+        alone = solve(slice(i, i + 1), False)
+        assert whole.trace is not None
+        assert alone.trace is not None
+        early = slice(0, min(16, int(alone.steps), int(whole.steps[i])))
+        torch.testing.assert_close(whole.trace[early, i], alone.trace[early, 0], rtol=1e-6, atol=1e-13)
+        for sol in (whole, parts):
+            assert sol.converged[i]
+            torch.testing.assert_close(sol.value[i], alone.value[0], rtol=1e-11, atol=1e-11)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from functools import partial
 from typing import Any, Literal
 
@@ -87,6 +88,7 @@ class Problem:
 
     Attributes:
         epsilon: rounding unit of fn's values; larger than the state's own under autocast.
+        has_closed_form: whether fn supplies its Jacobian itself.
     """
 
     def __init__(self, kind: Kind, fn: Any, args: tuple[Any, ...], layout: Layout) -> None:
@@ -111,6 +113,7 @@ class Problem:
         self._split = self._samplewise or (declared is None and bool(layout.batch_shape) and self._carries_the_batch())
         # Whether fn was seen to return the state's own dtype and shape, and may repeat itself unseen.
         self._plain = False
+        self.has_closed_form = self._closed_form()
         self._repeats = self._same and self._autocast is None and hasattr(fn, "repeat") and self.has_closed_form
 
     def _indexed_by_sample(self) -> bool:
@@ -202,8 +205,7 @@ class Problem:
         """
         return norm(evaluation.value) if self.kind == "fixed_point" else None
 
-    @property
-    def has_closed_form(self) -> bool:
+    def _closed_form(self) -> bool:
         """Whether fn supplies its Jacobian itself (see `JacobianOperator`); one tensor as state only.
 
         Not of a module with forward hooks, nor of one whose `forward` is newer than its `linearize`, overridden in a
@@ -243,9 +245,11 @@ class Problem:
         layout = self.layout.select(samples.numel())
         fn = self.fn.part(layout) if isinstance(self.fn, Gradient) else self.fn
         args = pytree.tree_map(partial(_rows, samples, self.layout.batch_shape), self.args)
-        part = Problem(self.kind, fn, args, layout)
-        part.epsilon, part._plain = self.epsilon, self._plain
-        part._counted, part._autocast = self._counted, self._autocast
+        part = copy(self)  # shares the count of calls
+        part.fn, part.args, part.layout = fn, args, layout
+        part._last, part._version = None, 0
+        part._shape = layout.shapes[0]
+        part._same = layout.bare and part._shape == layout.matrix_shape
         if self._samplewise:
             return part
         known, start = evaluation.value.index_select(0, samples), z.index_select(0, samples)

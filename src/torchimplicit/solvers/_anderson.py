@@ -94,16 +94,18 @@ class _History:
         )
 
     def rouse(self, active: Tensor | None) -> Tensor | None:
-        """Give a history to the samples that rest no more; which of them are new, `(A,)` bool, or None if all are."""
+        """Give a history to the samples that rest no more; which of them are new, `(A,)` bool, or None if none is."""
         before = self.awake
         fit = self.rest == 0
         now = (fit if active is None else fit & active).nonzero()[:, 0]
         self.awake = now if now.numel() < self.rest.numel() else None
-        if not self.filled:
+        nobody = before is not None and not before.numel()
+        if nobody or not self.filled:
+            self.filled, self.next = 0, 0
             self.pairs = self.pairs.new_empty(now.numel(), *self.pairs.shape[1:])
             self.gamma = self.gamma.new_zeros(now.numel(), 0)
             self.__post_init__()
-            return None
+            return torch.ones_like(now, dtype=torch.bool) if nobody else None
         known = torch.ones_like(self.rest, dtype=torch.bool)
         place = torch.arange(known.numel(), device=known.device)
         if before is not None:
