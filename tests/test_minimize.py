@@ -172,3 +172,16 @@ def test_minimisers_say_that_they_are_not_for_roots(solver: ti.solvers.Method) -
 def test_what_an_objective_must_return(call: Any, fn: Any, error: type[Exception], says: str) -> None:
     with pytest.raises(error, match=says):
         call(fn, torch.zeros(4, 2), batch_dims=1)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0)])
+def test_empty_batches_and_empty_states(shape: tuple[int, int]) -> None:
+    z0 = torch.zeros(shape, dtype=DOUBLE)
+    for solver in MINIMISERS.values():
+        sol = ti.minimize(lambda z: (z**2).sum(-1), z0, solver=solver, batch_dims=1)
+        assert sol.value.shape == shape
+        assert sol.converged.tolist() == [True] * shape[0]
+    for solver in SQUARES.values():
+        sol = ti.least_squares(lambda z: z - 1, z0, solver=solver, batch_dims=1)
+        assert sol.value.shape == shape
+        assert sol.converged.tolist() == [True] * shape[0]

@@ -1,6 +1,7 @@
 """What `minimize` and `least_squares` solve: the gradient of an objective, as a function like any other."""
 
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import torch
@@ -91,7 +92,8 @@ class Gradient:
                 f"{tuple(leaf.shape)}."
             )
         real = torch.view_as_real(leaf.resolve_conj()) if leaf.is_complex() else leaf
-        return real.reshape(self._layout.matrix_shape[0], -1).to(self._layout.dtype)
+        # Counted, not -1, which an empty batch leaves open.
+        return real.reshape(self._layout.matrix_shape[0], prod(real.shape[len(batch) :])).to(self._layout.dtype)
 
 
 def _leaf(t: Tensor) -> Tensor:
