@@ -57,7 +57,8 @@ class Evaluation:
 
     def select(self, samples: Tensor) -> "Evaluation":
         """The evaluation of some samples, by their indices."""
-        parts = (self._start, self._residual, self.objective, self._target)
+        start = self._start if self._residual is None else None  # it serves to compute the residual only
+        parts = (start, self._residual, self.objective, self._target)
         return Evaluation(
             self.value.index_select(0, samples), *(None if t is None else t.index_select(0, samples) for t in parts)
         )

@@ -1,6 +1,6 @@
 """Anderson acceleration (type II) on an orthonormal history, with per-sample safeguard and restart."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -8,123 +8,17 @@ from torch import Tensor
 
 from .._norms import two
 from .._problem import Evaluation, Problem
+from ._anderson_history import LOOK, History
 from ._base import Solver, Step, hold
 
-_LOOK = 4
-"""Steps between two looks at whether acceleration pays; rests are multiples of it."""
-_LEAST_GAIN = 0.1
-"""Share of the fall of the residual (of its logarithm) that acceleration must have, relative to the map's own."""
-
-_FAST = 0.25
-"""Fall of the residual in the first step, below which acceleration is not begun with."""
-
-
-@dataclass
-class _History:
-    """Differences of the last iterates of each sample, orthonormalised, in a ring of `m` rows; empty rows are zero.
-
-    Attributes:
-        pairs: rows `[q | w]`, `(A, m, 2n)`: `q` of the differences of r, `w` the same combination of `Δz + mixing·Δr`;
-            of the samples that do not rest.
-        gamma: `qᵀ r` of each row with the residual at the current iterate, `(A, m)`.
-        norm: of that residual, `(B,)`.
-        wait: plain steps to take before acceleration is tried again, after a refusal, `(B,)`.
-        pause: length of the next wait, `(B,)`.
-        rest: plain steps to take because acceleration did not pay, `(B,)`.
-        longer: length of the next rest, `(B,)`.
-        next: the row that the next difference overwrites.
-        waiting: whether any sample waits.
-        awake: the samples that do not rest, by their indices, `(A,)`; None while none does.
-        plain: steps for which every sample that runs rests.
-        taken: steps so far.
-        rows: views of each row of the pairs.
-        filled: how many rows have been written, and views of these: of the whole, and of the halves.
-        pair: a row in the making, `(B, 2n)`, and its halves.
-    """
-
-    pairs: Tensor
-    gamma: Tensor
-    norm: Tensor
-    wait: Tensor
-    pause: Tensor
-    rest: Tensor
-    longer: Tensor
-    next: int = 0
-    waiting: bool = False
-    awake: Tensor | None = None
-    plain: int = 0
-    taken: int = 0
-    filled: int = 0
-    rows: tuple[Tensor, ...] = field(init=False)
-    known: tuple[Tensor, Tensor, Tensor] = field(init=False)
-    pair: tuple[Tensor, Tensor, Tensor] = field(init=False)
-
-    def __post_init__(self) -> None:
-        """Make the views, which every step needs, once."""
-        batch, _, width = self.pairs.shape
-        n = width // 2
-        self.rows = self.pairs.unbind(1)
-        self.view()
-        pair = self.pairs.new_empty(batch, width)
-        self.pair = pair, pair[:, :n], pair[:, n:]
-
-    def take(self, t: Tensor) -> Tensor:
-        """Of a tensor with a row for every sample those of the samples awake."""
-        return t if self.awake is None else t.index_select(0, self.awake)
-
-    def select(self, samples: Tensor) -> "_History":
-        """The history of some samples alone, by their indices."""
-        rows, awake = samples, None
-        if self.awake is not None:
-            place = torch.full_like(self.rest, -1)
-            place.index_copy_(0, self.awake, torch.arange(len(self.awake), device=self.awake.device))
-            place = place.index_select(0, samples)
-            awake = (place >= 0).nonzero()[:, 0]
-            rows = place.index_select(0, awake)
-        return replace(
-            self,
-            pairs=self.pairs.index_select(0, rows),
-            gamma=self.gamma.index_select(0, rows),
-            norm=self.norm.index_select(0, samples),
-            wait=self.wait.index_select(0, samples),
-            pause=self.pause.index_select(0, samples),
-            rest=self.rest.index_select(0, samples),
-            longer=self.longer.index_select(0, samples),
-            awake=awake,
-        )
-
-    def rouse(self, active: Tensor | None) -> Tensor | None:
-        """Give a history to the samples that rest no more; which of them are new, `(A,)` bool, or None if none is."""
-        before = self.awake
-        fit = self.rest == 0
-        now = (fit if active is None else fit & active).nonzero()[:, 0]
-        self.awake = now if now.numel() < self.rest.numel() else None
-        nobody = before is not None and not before.numel()
-        if nobody or not self.filled:
-            self.filled, self.next = 0, 0
-            self.pairs = self.pairs.new_empty(now.numel(), *self.pairs.shape[1:])
-            self.gamma = self.gamma.new_zeros(now.numel(), 0)
-            self.__post_init__()
-            return torch.ones_like(now, dtype=torch.bool) if nobody else None
-        known = torch.ones_like(self.rest, dtype=torch.bool)
-        place = torch.arange(known.numel(), device=known.device)
-        if before is not None:
-            known = torch.zeros_like(known).index_fill_(0, before, True)
-            place = torch.zeros_like(place).index_copy_(0, before, place[: len(before)])
-        known, place = known.index_select(0, now), place.index_select(0, now)
-        self.pairs = torch.where(known[:, None, None], self.pairs.index_select(0, place), 0.0)
-        self.gamma = torch.where(known[:, None], self.gamma.index_select(0, place), 0.0)
-        self.__post_init__()
-        return ~known
-
-    def view(self) -> None:
-        """Make the views of the rows that have been written."""
-        known, n = self.pairs[:, : self.filled], self.pairs.shape[2] // 2
-        self.known = known, known[:, :, :n], known[:, :, n:]
+_FEW_FIRST, _FEW = 6, 8
+"""Plain steps to the tolerance for which acceleration is not begun, after the first step, and again after a rest."""
+_MOST = 0.75
+"""Share of the samples that have a history, above which those that rest keep theirs, unused."""
 
 
 @dataclass(frozen=True)
-class Anderson(Solver[_History]):
+class Anderson(Solver[History]):
     """Anderson (1965) acceleration in the multisecant form of Walker & Ni (2011), eq. 2.2 (type II).
 
     With the last `m` differences `ΔR`, `ΔZ` as columns, `z ← z + β r − (ΔZ + β ΔR) γ`, `γ = argmin ‖r − ΔR γ‖`.
@@ -138,9 +32,9 @@ class Anderson(Solver[_History]):
        was, drops its history, and takes 1, 4, 16, … plain steps before it is accelerated again: where plain steps
        converge, it does.
     4. `adaptive=True`: every fourth step it is measured, sample by sample, how much of the fall of the residual is due
-       to the acceleration, `‖r − Q γ‖/‖r‖`, and how much to the map. Where that is less than a tenth the sample drops
-       its history and rests from acceleration for 4, 8, 16, … steps: they cost nothing beside fn once all samples do.
-       A sample whose first step cuts the residual to a quarter begins with a rest.
+       to the acceleration, `‖r − Q γ‖/‖r‖`, and how much to the map. Where the share is too small the sample drops its
+       history and rests from acceleration for 8, 16, … steps: they cost nothing beside fn once all samples rest. Where
+       a few plain steps reach the tolerance acceleration is not begun at all.
 
     Args:
         history: differences kept, `m`.
@@ -164,157 +58,175 @@ class Anderson(Solver[_History]):
         self._require_number("mixing", 0.0, 2.0, inside=True)
         self._require_number("drop_tolerance", 0.0, 1.0, optional=True)
 
-    def init(self, problem: Problem, z: Tensor, evaluation: Evaluation) -> _History:
+    def init(self, problem: Problem, z: Tensor, evaluation: Evaluation) -> History:
         """An empty history."""
         batch, n = z.shape
         m = min(self.history, max(n, 1))
-        return _History(
+        norm = two(evaluation.residual)
+        count = torch.zeros(batch, dtype=torch.long, device=z.device)
+        return History(
             pairs=z.new_empty(batch, m, 2 * n),  # no row is read before it is written
-            gamma=z.new_zeros(batch, 0),
-            norm=two(evaluation.residual),
-            wait=torch.zeros(batch, dtype=torch.long, device=z.device),
-            pause=torch.ones(batch, dtype=torch.long, device=z.device),
-            rest=torch.zeros(batch, dtype=torch.long, device=z.device),
-            longer=torch.full((batch,), _LOOK, dtype=torch.long, device=z.device),
+            gamma=z.new_zeros(batch, 1, 0),
+            residual=evaluation.residual,
+            plain=self._plain(problem, z, evaluation),
+            norm=norm,
+            wait=count,
+            pause=torch.ones_like(count),
+            rest=count.clone(),
+            longer=torch.full_like(count, 2 * LOOK),
+            seen=norm,
         )
 
+    def _undamped(self, problem: Problem) -> bool:
+        """Whether the plain step is fn itself."""
+        return self.mixing == 1.0 and problem.kind == "fixed_point"
+
+    def _plain(self, problem: Problem, z: Tensor, evaluation: Evaluation) -> Tensor:
+        """The plain step from z."""
+        if self._undamped(problem):
+            return evaluation.value
+        return torch.add(z, evaluation.residual, alpha=self.mixing)
+
     def steps(
-        self, problem: Problem, z: Tensor, evaluation: Evaluation, state: _History, active: Tensor | None, count: int
-    ) -> Step[_History]:
+        self, problem: Problem, z: Tensor, evaluation: Evaluation, state: History, active: Tensor | None, count: int
+    ) -> Step[History]:
         """One step, or as many plain ones as nobody looks at while everyone rests."""
-        if not state.plain or problem.kind != "fixed_point" or self.mixing != 1.0:
+        if state.taken >= state.asleep:
             return self.step(problem, z, evaluation, state, active)
-        count = min(count, state.plain)
-        z, value = problem.repeat(evaluation.value, count)
-        found = problem.evaluation(z, value)
-        state.plain -= count
+        count = min(count, state.asleep - state.taken)
+        if self._undamped(problem):
+            z, value = problem.repeat(evaluation.value, count)
+            found = problem.evaluation(z, value)
+        else:
+            count, z = 1, self._plain(problem, z, evaluation)
+            found = problem.evaluate(z)
         state.taken += count
-        state.rest = (state.rest - count).clamp_min_(0)
-        state.norm = two(found.residual)
+        if state.taken == state.asleep:
+            self._look(problem, state, z, found, None, active)
         return Step(z, found, state, count=count)
 
     def step(
-        self, problem: Problem, z: Tensor, evaluation: Evaluation, state: _History, active: Tensor | None
-    ) -> Step[_History]:
-        """One accelerated step of all samples: leaving some out would cost more than it saves."""
-        residual = evaluation.residual
-        if state.awake is not None and not state.plain and not state.filled:
-            state.rouse(active)  # after steps in which everyone rested
-        gamma, new_here = state.gamma, None
-        resting = state.awake is not None or state.plain > 0
+        self, problem: Problem, z: Tensor, evaluation: Evaluation, state: History, active: Tensor | None
+    ) -> Step[History]:
+        """A step of all samples, accelerated for those awake: leaving some out would cost more than it saves."""
+        gamma = state.gamma
         state.taken += 1
-        if state.waiting:
-            gamma = torch.where(state.take(state.wait == 0)[:, None], gamma, 0.0)
-            state.wait = (state.wait - 1).clamp_min(0)
-        new = torch.add(z, residual, alpha=self.mixing)
-        if state.filled and state.awake is None:
-            new = torch.baddbmm(new[:, None], gamma[:, None], state.known[2], alpha=-1)[:, 0]
-        elif state.filled and state.awake is not None:
-            change = torch.bmm(gamma[:, None], state.known[2])[:, 0]
-            new.index_add_(0, state.awake, change, alpha=-1)
-        found = problem.evaluate(new)
-        norm = two(found.residual)
-        # Also true of NaN, in the residual or in the coefficients.
-        refused = (norm <= 2.0 * state.norm).logical_not_()
-        if bool(refused.any()):
-            # At rest nothing matters, and a plain step is not taken back.
-            if active is not None:
-                refused &= active
-            mine = state.take(refused) & (gamma != 0).any(dim=1)
-            refused = mine if state.awake is None else torch.zeros_like(refused).index_copy_(0, state.awake, mine)
-            keep = ~refused
-            state.pairs[mine] = 0.0
-            new, found = hold(keep, new, z), found.where(keep, evaluation)
-            norm = torch.where(keep, norm, state.norm)
-            state.wait = torch.where(keep, state.wait, state.pause)
-            state.pause = torch.where(keep, state.pause, 4 * state.pause)
-            state.waiting = True
-        if resting:
-            state.rest = (state.rest - 1).clamp_min_(0)
-        if state.plain:
-            state.plain -= 1
+        if state.dozing is not None:
+            gamma = gamma.masked_fill(state.dozing[:, None, None], 0.0)
+        if state.taken <= state.waiting:
+            gamma = torch.where((state.take(state.wait) < state.taken)[:, None, None], gamma, 0.0)
+        if not state.filled:
+            new = self._plain(problem, z, evaluation)
+        elif state.awake is None:
+            new = torch.baddbmm(state.plain[:, None], gamma, state.known[2], alpha=-1)[:, 0]
         else:
-            if self.adaptive and (state.taken == 1 or state.taken % _LOOK == 0):
-                new_here = _consider(state, gamma, norm, active)
-            if not state.plain:
-                parts = (state.take(t) for t in (z, residual, new, found.residual))
-                self._remember(state, *parts, new_here=new_here)
-        state.norm = norm
+            change = torch.bmm(gamma, state.known[2])[:, 0]
+            new = self._plain(problem, z, evaluation).index_add(0, state.awake, change, alpha=-1)
+        found = problem.evaluate(new)
+        mine = found if state.awake is None else found.select(state.awake)
+        norm = two(mine.residual)
+        # Also true of NaN, in the residual or in the coefficients.
+        if norm.numel() and not float((norm / state.norm).max()) <= 2.0:
+            refused = (norm <= 2.0 * state.norm).logical_not_()
+            # A plain step is not taken back.
+            refused &= (gamma != 0).flatten(1).any(dim=1)
+            if active is not None:
+                refused &= state.take(active)
+            if bool(refused.any()):
+                new, found = self._take_back(state, refused, (z, new), (evaluation, found))
+                mine = found if state.awake is None else found.select(state.awake)
+                norm = torch.where(refused, state.norm, norm)
+        if self.adaptive and (state.taken == 1 or state.taken % LOOK == 0):
+            here = self._look(problem, state, new, found, (gamma, norm), active)
+            if state.taken < state.asleep:
+                return Step(new, found, state)
+            if here is not None:
+                self._remember(state, *here)
+                return Step(new, found, state)
+        plain = mine.value if self._undamped(problem) else self._plain(problem, state.take(new), mine)
+        self._remember(state, mine.residual, plain, norm)
         return Step(new, found, state)
 
-    def _remember(
-        self, state: _History, z: Tensor, residual: Tensor, new: Tensor, found: Tensor, new_here: Tensor | None
-    ) -> None:
-        """Put a difference into the ring; one of length zero (a sample that was refused) leaves an empty row.
+    @staticmethod
+    def _take_back(
+        state: History, refused: Tensor, iterates: tuple[Tensor, Tensor], evaluations: tuple[Evaluation, Evaluation]
+    ) -> tuple[Tensor, Evaluation]:
+        """Let some of the samples awake, `(A,)` bool, be where they were, without a history, and wait."""
+        state.pairs.masked_fill_(refused[:, None, None], 0.0)
+        keep = state.spread(~refused, torch.ones_like(state.rest, dtype=torch.bool))
+        state.wait = torch.where(keep, state.wait, state.taken + state.pause)
+        state.pause = torch.where(keep, state.pause, 4 * state.pause)
+        state.waiting = int(state.wait.max())
+        return hold(keep, iterates[1], iterates[0]), evaluations[1].where(keep, evaluations[0])
 
-        So does one of a sample that has just been roused: the step was a plain one.
-        """
-        pair, dr, dz = state.pair
-        torch.sub(found, residual, out=dr)
-        torch.sub(new, z, out=dz)
-        dz.add_(dr, alpha=self.mixing)
-        n, slot = dr.shape[1], state.next
-        length = two(dr)
-        size, after = length.clone(), state.gamma
+    def _remember(self, state: History, residual: Tensor, plain: Tensor, norm: Tensor) -> None:
+        """Put the difference to the iterate before into the ring; one of length zero leaves an empty row."""
+        pair, dr, dw = state.pair
+        slot = state.next
+        torch.sub(residual[:, None], state.residual[:, None], out=dr)
+        torch.sub(plain[:, None], state.plain[:, None], out=dw)
+        least = 0.0
         if state.filled:
-            known, q, _ = state.known
-            after = torch.linalg.vecdot(q, found[:, None])
-            # qᵀ Δr from what is known of both residuals; the oldest row is about to go.
-            overlap = torch.sub(after, state.gamma)
+            overlap, columns = state.overlap
+            torch.bmm(dr, state.known[1], out=overlap)
             if slot < state.filled:
-                overlap[:, slot] = 0.0
-            pair = torch.baddbmm(pair[:, None], overlap[:, None], known, alpha=-1)[:, 0]
-            size = two(pair[:, :n])
-        drop = torch.finfo(dr.dtype).eps ** 0.5 if self.drop_tolerance is None else self.drop_tolerance
-        row = state.rows[slot]
-        size.masked_fill_(size <= drop * length, torch.inf)
-        if new_here is not None:
-            size.masked_fill_(new_here, torch.inf)
-        torch.div(pair, size[:, None], out=row)
-        newest = torch.linalg.vecdot(row[:, :n], found)
-        if slot < state.filled:
-            after[:, slot] = newest
-        else:
-            after = torch.cat((after, newest[:, None]), dim=1)
+                columns[slot].zero_()  # the oldest row is about to go
+            pair.baddbmm_(overlap, state.known[0], alpha=-1)
+            drop = torch.finfo(dr.dtype).eps ** 0.5 if self.drop_tolerance is None else self.drop_tolerance
+            least = drop * torch.linalg.vector_norm(overlap, dim=2, keepdim=True)
+        size = torch.linalg.vector_norm(dr, dim=2, keepdim=True)
+        torch.div(pair, size.masked_fill_(size <= least, torch.inf), out=state.rows[slot])
+        if slot == state.filled:
             state.filled += 1
             state.view()
-        state.gamma = after
+        state.gamma = torch.bmm(residual[:, None], state.known[1])
         state.next = (slot + 1) % len(state.rows)
+        state.residual, state.plain, state.norm = residual, plain, norm
 
+    def _look(
+        self,
+        problem: Problem,
+        state: History,
+        z: Tensor,
+        evaluation: Evaluation,
+        last: tuple[Tensor, Tensor] | None,
+        active: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Send the samples to rest for which acceleration does not pay, and rouse those that have rested.
 
-def _consider(state: _History, gamma: Tensor, norm: Tensor, active: Tensor | None) -> Tensor | None:
-    """Send the samples to rest for which the last step's acceleration did not pay, and rouse those that have rested.
+        It is not begun where a few plain steps suffice.
 
-    The step went from a residual of size `state.norm`, of which `g` was left by the acceleration, to `norm`: the map
-    contracted by `c = norm / (g · state.norm)`. It pays if `ln g < 0.1 ln c`, both below 1. The first step has no
-    history: after it only samples rest whose map contracts so fast that few steps are left.
+        Args:
+            problem: the equation.
+            state: with the samples awake in the last step.
+            z: the iterate after it.
+            evaluation: there.
+            last: the step's coefficients and its norms of the residual, of the samples awake; None if all rested.
+            active: the samples that run.
 
-    Returns:
-        Which of the samples awake have just been roused, `(A,)` bool; None if none were.
-    """
-    before, after = state.take(state.norm), state.take(norm)
-    share = torch.linalg.vecdot(gamma, gamma) / (before * before)
-    left = (1.0 - share).clamp_min_(torch.finfo(norm.dtype).eps).sqrt_()
-    contraction = after / (left * before)
-    longer = state.take(state.longer)
-    if state.taken == 1:
-        idle, longer = contraction < _FAST, torch.full_like(longer, 2 * _LOOK - 1)
-    else:
-        idle = (contraction < 1.0) & (left.log() > _LEAST_GAIN * contraction.log()) & (gamma != 0).any(dim=1)
-    tired = idle if state.awake is None else torch.zeros_like(norm, dtype=torch.bool).index_copy_(0, state.awake, idle)
-    if state.awake is None and not bool(tired.any()):
-        return None
-    lengths = longer if state.awake is None else torch.zeros_like(state.rest).index_copy_(0, state.awake, longer)
-    state.rest = torch.where(tired, lengths, state.rest)
-    if state.taken > 1:
-        state.longer = torch.where(tired, 2 * state.longer, state.longer)
-    awake = (state.rest == 0) if active is None else active & (state.rest == 0)
-    if bool(awake.any()):
-        return state.rouse(active)
-    resting = state.rest if active is None else state.rest[active]
-    state.plain = int(resting.min())
-    state.filled, state.next = 0, 0
-    state.pairs, state.gamma = state.pairs[:0], state.gamma.new_zeros(0, 0)
-    state.awake = torch.empty(0, dtype=torch.long, device=norm.device)
-    state.__post_init__()
-    return None
+        Returns:
+            If others are awake now than before: their residual, plain step, and norm of the residual.
+        """
+        taken = state.taken
+        first = taken == 1
+        tired = last is not None and state.tire(*last)
+        # Who could begin now: everyone after the first step, and those whose rest is over.
+        ended = (state.rest == (0 if first else taken)).nonzero()[:, 0]
+        norm = two(evaluation.residual)
+        scale = problem.scale(evaluation, two) if len(ended) else None
+        if scale is not None:
+            rtol = problem.epsilon ** (2 / 3) if self.rtol is None else self.rtol
+            state.put_off(ended, norm, rtol * scale, _FEW_FIRST if first else _FEW)
+        state.seen, state.looked = norm, taken
+        if not tired and not len(ended) and active is None:
+            return None
+        running = state.rest if active is None else state.rest.masked_fill(~active, torch.iinfo(state.rest.dtype).max)
+        awake = running <= taken
+        rows, mine = awake.nonzero()[:, 0], state.take(awake)
+        if not len(rows):
+            state.asleep = int(running.min())
+        here = evaluation.residual, self._plain(problem, z, evaluation), norm
+        if 0 < _MOST * len(mine) <= len(rows) == int(mine.sum()):
+            state.doze(mine, *here)
+            return None
+        return state.rouse(rows, *here)
