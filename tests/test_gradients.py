@@ -268,31 +268,6 @@ def test_no_gradient_is_left_behind_and_the_graph_is_freed() -> None:
     assert all(leaf.grad is not None for leaf in p.leaves)
 
 
-def test_second_derivatives_are_refused_not_wrong() -> None:
-    p = TanhProblem.make()
-    value = ti.fixed_point(p.map, p.start, batch_dims=1).value
-    with pytest.raises(RuntimeError, match="create_graph"):
-        torch.autograd.grad(value.sum(), p.leaves, create_graph=True)
-
-
-def test_transforms_and_forward_mode_are_refused_not_wrong() -> None:
-    x = torch.randn(3, dtype=torch.float64)
-
-    def solve(x: Tensor) -> Tensor:
-        return ti.fixed_point(lambda z: 0.5 * torch.sin(z) + x, torch.zeros(3).double()).value.sum()
-
-    with pytest.raises(RuntimeError, match=r"torch\.func"):
-        torch.func.grad(solve)(x)
-    with pytest.raises(RuntimeError, match=r"torch\.func"):
-        torch.func.vmap(solve)(x[None])
-    with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
-        with pytest.raises(RuntimeError, match="forward-mode"):
-            ti.fixed_point(lambda z, x: 0.5 * torch.sin(z) + x, torch.zeros(3).double(), dual)
-        with pytest.raises(RuntimeError, match="forward-mode"):
-            solve(dual)
-
-
 def test_in_place_change_of_a_parameter_before_backward_is_an_error() -> None:
     layer = ti.nn.TanhEquilibrium(3, dtype=torch.float64)
     value = layer(torch.randn(2, 3, dtype=torch.float64))

@@ -19,16 +19,17 @@ PACKAGE = ROOT / "src" / "torchimplicit"
 
 # A room of the package may import from the rooms in the lines above its own, and from nowhere else in the package.
 FLOORS = [
-    "_norms _options _solution _closure",
+    "_norms _options _solution _closure _tape",
     "_layout _report linear _progress",
     "_objective",
     "_problem",
-    "solvers _adjoint _isolate",
+    "solvers _adjoint _isolate _system",
     "_tolerance",
     "_books",
     "_iterate",
-    "_stages",
-    "_attach",
+    "_stages _rules",
+    "_equation",
+    "_attach _transformed",
     "_call",
     "_api",
     "diagnostics",

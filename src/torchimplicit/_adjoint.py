@@ -46,10 +46,10 @@ class Implicit(Options):
         return dead
 
     def solve(self, operator: ResidualJacobian, v: Tensor) -> LinearSolution:
-        """`Aᵀu = v` for each sample, `(B, n)`; zero where it could not be solved."""
+        """`operator u = v` for each sample, `(B, n)`; zero where it could not be solved."""
         rtol = torch.finfo(v.dtype).eps ** (2 / 3) if self.rtol is None else self.rtol
         rtol = max(rtol, 4 * torch.finfo(v.dtype).eps)
-        found = (self.linear_solver or Cascade()).solve(operator.mT, v, rtol)
+        found = (self.linear_solver or Cascade()).solve(operator, v, rtol)
         if found.solved:
             return found
         solved = found.status == int(Status.CONVERGED)

@@ -7,6 +7,9 @@ output: autograd then takes `u` to whatever fn read — arguments, closures, par
 listed, so nothing can be forgotten; and nothing is evaluated again later, so a closure variable that has been rebound
 meanwhile (a loop's, say) cannot put another function's gradient in the place of this one's. One evaluation's
 activations are kept, however many steps the solver took.
+
+That is the first derivative. With `create_graph=True`, or for a batch of incoming gradients, the rules of `_rules` take
+its place, on the tape of that evaluation: the tensors that it read are inputs of the `Function` too.
 """
 
 from dataclasses import dataclass
@@ -18,10 +21,14 @@ from torch.utils import _pytree as pytree
 
 from ._adjoint import Implicit
 from ._books import Outcome
-from ._isolate import evaluate_without, shield
+from ._equation import Equation
+from ._isolate import Donors, evaluate_without, shield
 from ._problem import Problem
 from ._report import OnFailure, report_failures
+from ._rules import gradients, solve_linear
 from ._solution import AdjointReport
+from ._system import batched
+from ._tape import Tape
 from .linear import AutogradJacobian, ResidualJacobian
 
 
@@ -34,6 +41,8 @@ class Backward:
         status: `(B,)`, how the forward solve ended.
         operator: `A` at the solution.
         record: fn's recorded output.
+        tape: of that evaluation.
+        donors: where failed samples were taken out of it, whose rows stand in their places, and in which inputs.
     """
 
     adjoint: Implicit
@@ -45,6 +54,28 @@ class Backward:
     site: tuple[str, int]
     operator: ResidualJacobian
     record: AutogradJacobian
+    tape: Tape
+    donors: Donors | None
+
+    def equation(self) -> Equation:
+        """For the derivative rules."""
+        if self.tape.opaque:
+            raise RuntimeError(
+                f"{self.problem.kind}: a derivative of the gradient needs every operation of fn to be visible, but "
+                "some tensors are made out of sight, by a custom autograd.Function say; write these in plain operations."
+            )
+        return Equation(
+            problem=self.problem,
+            method=None,
+            adjoint=self.adjoint,
+            max_steps=None,
+            on_failure=self.on_failure,
+            site=self.site,
+            report=self.report,
+            tape=self.tape,
+            reads=self.tape.inputs,
+            donors=self.donors,
+        )
 
     def solve(self, v: Tensor) -> Tensor:
         """The gradient with respect to fn's output for the gradient `v` with respect to z*, `(B, n)` both."""
@@ -52,7 +83,7 @@ class Backward:
         if self.dead is not None:
             v = torch.where(self.dead[:, None], 0.0, v)
         with torch.autocast(v.device.type, enabled=False):
-            found = self.adjoint.solve(self.operator, v)
+            found = self.adjoint.solve(self.operator.mT, v)
         status = found.status if self.dead is None else torch.where(self.dead, self.status, found.status)
         layout = self.problem.layout
         self.report.status = layout.per_sample(status)
@@ -80,21 +111,29 @@ class _Start(torch.autograd.Function):
 
 
 class _Attach(torch.autograd.Function):
-    """`z*`, with the implicit function theorem as its derivative with respect to fn's recorded output."""
+    """`z*`, with the implicit function theorem as its derivative with respect to fn's recorded output.
+
+    Or, for derivatives of the derivative, with respect to the tensors that fn read.
+    """
 
     @staticmethod
-    def forward(ctx: Any, backward: Backward, output: Tensor, z: Tensor) -> Tensor:
+    def forward(ctx: Any, backward: Backward, output: Tensor, z: Tensor, *tensors: Tensor) -> Tensor:
         ctx.of = backward
-        return z.view_as(z)
+        out = z.view_as(z)
+        ctx.save_for_backward(out, *tensors)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
+        of: Backward = ctx.of
+        if not torch.is_grad_enabled() and not batched(grads[0]):
+            return None, of.solve(grads[0]), None, *(None for _ in of.tape.inputs)
+        z, *tensors = ctx.saved_tensors
+        system = of.equation().system()
         if torch.is_grad_enabled():
-            raise RuntimeError(
-                f"{ctx.of.problem.kind}: create_graph=True asks for a derivative of the gradient, and torchimplicit "
-                "has first derivatives only so far; call backward or torch.autograd.grad without create_graph."
-            )
-        return None, ctx.of.solve(grads[0]), None
+            return None, None, None, *gradients(system, grads[0], z, of.status, tensors)
+        u = solve_linear(system, True, grads[0], z, of.status, tensors)
+        return None, u if of.problem.kind == "fixed_point" else -u, None, *(None for _ in tensors)
 
 
 class _Inert(torch.autograd.Function):
@@ -137,12 +176,13 @@ def attach(
     starts = [t for t in z0 if t.requires_grad]
     with torch.enable_grad():
         inputs: list[Tensor] = []
+        donors = None
         if any_dead and not bool(finite[dead].all()):
             # fn is NaN or infinite somewhere in this evaluation, and 0·NaN = NaN: take those samples out of it.
-            output, start, inputs = evaluate_without(problem, z, dead | ~finite, _start_of_graph)
+            output, start, inputs, tape, donors = evaluate_without(problem, z, dead | ~finite, _start_of_graph)
         else:
             start = _start_of_graph(z)
-            output = problem.output(start)
+            output, tape = problem.recorded(start)
         if output is None or not _reads_more(problem, output, start):
             return _inert(z, [*inputs, *starts])
         shield(output, start, everywhere=False)
@@ -161,8 +201,10 @@ def attach(
             site=site,
             operator=operator,
             record=record,
+            tape=tape,
+            donors=donors,
         )
-        attached: Tensor = _Attach.apply(backward, output, z)  # pyright: ignore[reportAssignmentType]
+        attached: Tensor = _Attach.apply(backward, output, z, *tape.inputs)  # pyright: ignore[reportAssignmentType]
         return _inert(attached, starts)
 
 

@@ -4,8 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 from ._adjoint import Implicit
@@ -17,6 +15,7 @@ from ._progress import Progress
 from ._report import OnFailure, call_site, check_on_failure, report_failures
 from ._solution import AdjointReport, PyTree, Solution, Status
 from ._stages import solve
+from ._transformed import needs_rules, run_transformed
 from .solvers import Auto, Method
 
 
@@ -39,14 +38,16 @@ def run(
     adjoint = Implicit() if adjoint is None else adjoint
     _check_call(fn, solver, adjoint, max_steps, on_failure)
     layout = Layout.of(z0, batch_dims)
-    _refuse_transforms(kind, (z0, args))
     leaves = pytree.tree_leaves(z0)
     if kind in ("minimize", "least_squares"):
         fn = Gradient(kind, fn, layout, squares=kind == "least_squares")
     problem = Problem(kind, fn, args, layout)
     with torch.no_grad(), problem.exact():
         start = layout.pack([leaf.detach() for leaf in leaves]).clone()  # nothing may write into the caller's z0
-        _refuse_dual_value(problem, start)
+        transformed = needs_rules(problem, start)
+    if transformed:
+        return run_transformed(problem, start, solver, adjoint, max_steps, on_failure, trace)
+    with torch.no_grad(), problem.exact():
         outcome = solve(problem, solver, start, max_steps, trace, Progress(kind) if verbose else None)
     evaluations = problem.evaluations
     report = AdjointReport()
@@ -82,30 +83,3 @@ def _check_call(fn: Any, solver: Any, adjoint: Any, max_steps: Any, on_failure: 
     if max_steps is not None and (isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 0):
         raise ValueError(f"max_steps={max_steps!r} is not valid; give an integer >= 0 or None.")
     check_on_failure(on_failure)
-
-
-def _refuse_transforms(kind: str, tensors: PyTree) -> None:
-    """Say so rather than be wrong: a solve cannot run on the tensors of `torch.func` transforms or forward mode yet."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:  # pyright: ignore[reportAttributeAccessIssue]
-        raise RuntimeError(
-            f"{kind}: called inside a torch.func transform (grad, vmap, jvp, …), which torchimplicit does not support "
-            "yet; use torch.autograd.grad or backward, and batch_dims in the place of vmap."
-        )
-    if forward_ad._current_level >= 0 and any(_is_dual(leaf) for leaf in pytree.tree_leaves(tensors)):
-        raise _forward_mode(kind)
-
-
-def _refuse_dual_value(problem: Problem, z: Tensor) -> None:
-    """The same for what fn closes over: inside `dual_level`, look at one value of fn."""
-    if forward_ad._current_level >= 0 and _is_dual(problem.output(z)):
-        raise _forward_mode(problem.kind)
-
-
-def _is_dual(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and forward_ad.unpack_dual(leaf).tangent is not None
-
-
-def _forward_mode(kind: str) -> RuntimeError:
-    return RuntimeError(
-        f"{kind}: forward-mode differentiation is not supported yet; use torch.autograd.grad or backward."
-    )

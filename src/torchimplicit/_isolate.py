@@ -1,6 +1,7 @@
 """Keeping failed samples out of the others' gradients, where `0·NaN = NaN` would carry them over."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
 from typing import Any
@@ -8,15 +9,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._closure import closure_tensors, substituted
+from ._closure import substituted
 from ._problem import Problem
+from ._tape import Tape
 
 _ATTEMPTS = 64
 
 
+@dataclass(frozen=True)
+class Donors:
+    """Healthy samples whose rows stand in the places of failed ones'.
+
+    Attributes:
+        index: the sample in each place, `(B,)`.
+        batch: the batch shape.
+        places: which of the tensors that fn reads are indexed by sample.
+    """
+
+    index: Tensor
+    batch: torch.Size
+    places: tuple[int, ...]
+
+    def replace(self, z: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """The states and the tensors with the donors' rows."""
+        full = list(tensors)
+        for i in self.places:
+            full[i] = _take(full[i], self.index, self.batch)
+        return z.index_select(0, self.index), full
+
+
 def evaluate_without(
     problem: Problem, z: Tensor, failed: Tensor, begin: Callable[[Tensor], Tensor]
-) -> tuple[Tensor | None, Tensor, list[Tensor]]:
+) -> tuple[Tensor | None, Tensor, list[Tensor], Tape, Donors | None]:
     """fn's output at `z`, with the failed samples' inputs replaced by those of a healthy sample.
 
     The recorded evaluation then is finite everywhere, and the failed samples' parts of it are thrown away by a zero
@@ -32,18 +56,18 @@ def evaluate_without(
     Returns:
         The output `(B, n)` with its graph, or None where no sample is healthy or no choice is accepted: then no
         gradient can be told from the failed samples' and all must be zero. The start of that graph. The tensors that
-        fn reads and that require a gradient.
+        fn reads and that require a gradient. The tape of an evaluation. The donors.
     """
-    reference: list[Tensor] = []
     start = begin(z)
-    read = closure_tensors(lambda: reference.append(problem.output(start)), [start])
+    reference, tape = problem.recorded(start)
+    read = tape.inputs
     wanted = [t for t in read if t.requires_grad]
     healthy = ~failed
     if not bool(healthy.any()):
-        return None, start, wanted
+        return None, start, wanted, tape, None
     index = torch.arange(failed.numel(), device=failed.device)
     index = torch.where(failed, index[healthy][0], index)
-    value = reference[0].detach()
+    value = reference.detach()
     # The replaced states start the graph, not the originals: a donor's Jacobian must not count twice.
     start = begin(z.index_select(0, index))
     for chosen in _choices(problem, read):
@@ -53,8 +77,9 @@ def evaluate_without(
         except (RuntimeError, ValueError, TypeError, IndexError):
             continue
         if _same(output.detach(), value, healthy):
-            return output, start, wanted
-    return None, start, wanted
+            places = tuple(i for i, t in enumerate(read) if any(t is c for c in chosen))
+            return output, start, wanted, tape, Donors(index, problem.layout.batch_shape, places)
+    return None, start, wanted, tape, None
 
 
 def _choices(problem: Problem, read: list[Tensor]) -> Iterator[list[Tensor]]:

@@ -61,15 +61,26 @@ class Gradient:
 
     def rows(self, z: PyTree, *args: Any) -> Tensor:
         """The residuals at z, `(B, m)`, differentiable where grad mode is on."""
-        rows = [self._row(leaf) for leaf in pytree.tree_leaves(self.fn(z, *args))]
-        return torch.cat(rows, dim=1)
+        return self.rows_of(self.fn(z, *args))
+
+    def rows_of(self, out: PyTree) -> Tensor:
+        """The residuals `(B, m)` in what fn returned."""
+        return torch.cat([self._row(leaf) for leaf in pytree.tree_leaves(out)], dim=1)
 
     def _evaluate(self, z: PyTree, args: tuple[Any, ...]) -> Tensor:
         if self.squares:
             rows = self.rows(z, *args)
             self.residuals = rows.detach()
             return 0.5 * rows.square().sum(dim=1)
-        value = self.fn(z, *args)
+        return self.objective_of(self.fn(z, *args))
+
+    def objective_of(self, value: Any) -> Tensor:
+        """The objective `(B,)` in what fn returned.
+
+        Raises:
+            TypeError: that is no real number.
+            ValueError: it has another shape than one number per sample.
+        """
         batch = self._layout.batch_shape
         if not isinstance(value, Tensor) or not value.is_floating_point():
             found = str(value.dtype) if isinstance(value, Tensor) else type(value).__name__

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from ._layout import Layout
 from ._objective import Gradient
+from ._tape import Tape
 from .linear import AutogradJacobian, ResidualJacobian, SuppliedJacobian
 
 Kind = Literal["fixed_point", "root", "minimize", "least_squares"]
@@ -151,11 +152,7 @@ class Problem:
         layout = self.layout
         argument = z if self._same else layout.unpack(z)
         version = None if z.is_inference() else z._version
-        if self._autocast is None:
-            out = self.fn(argument, *self.args)
-        else:
-            with torch.autocast(layout.device.type, self._autocast):
-                out = self.fn(argument, *self.args)
+        out = self.under_autocast(self.fn, argument)
         if version is not None and z._version != version:
             raise ValueError(f"{self.kind}: fn changes its argument z in place; use out-of-place operations on z.")
         if self._same and type(out) is Tensor and out.shape == self._shape and out.dtype == layout.dtype:
@@ -170,6 +167,35 @@ class Problem:
         self._last = None if value.is_inference() else value.detach() if value.requires_grad else value
         self._version = 0 if self._last is None else self._last._version
         return value
+
+    def recorded(self, z: Tensor) -> tuple[Tensor, Tape]:
+        """`output(z)`, and the tape of what the user's function did for it."""
+        holder: Any = self.fn if isinstance(self.fn, Gradient) else self
+        user, tapes = holder.fn, []
+
+        def recording(argument: Any, *args: Any) -> Any:
+            tape, out = Tape.record(user, argument, args)
+            tapes.append(tape)
+            return out
+
+        holder.fn = recording
+        try:
+            return self.output(z), tapes[-1]
+        finally:
+            holder.fn = user
+
+    def under_autocast(self, user: Callable[..., Any], argument: Any) -> Any:
+        """`user(argument, *args)` as `output` calls fn."""
+        if self._autocast is None:
+            return user(argument, *self.args)
+        with torch.autocast(self.layout.device.type, self._autocast):
+            return user(argument, *self.args)
+
+    def packed(self, out: Any) -> Tensor:
+        """What the user's function returned as a matrix `(B, n)`, objectives `(B,)`, or rows of residuals `(B, m)`."""
+        if isinstance(self.fn, Gradient):
+            return self.fn.rows_of(out) if self.fn.squares else self.fn.objective_of(out)
+        return self.layout.pack(self.layout.check_output(out, self.kind))
 
     def evaluate(self, z: Tensor) -> Evaluation:
         """Value and residual at a state `(B, n)`, and the objective where there is one."""

@@ -1,0 +1,204 @@
+"""The derivative rules of a solution, to every order and in every mode, as two Functions that call each other.
+
+`z* = solve(θ)` has `dz = A⁻¹ ∂r/∂θ dθ` with `A = −∂r/∂z`; `u = A⁻¹ v` or `A⁻ᵀ v` has `du = A⁻¹ (dv − dA u)`, another
+linear solve. The rules of both are written with these two and with products that torch differentiates itself, so that
+any order and any mix of modes follows.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ._system import System, batched, differentiable, pull, pull_in_graph, push, transformed
+
+
+class Settings(Protocol):
+    """What a system is solved with; all tensors are plain ones, of no transform."""
+
+    def solve(self, system: System, z0: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """`z*`, and of each sample the status, the residual and the steps."""
+        ...
+
+    def solve_linear(
+        self, system: System, transposed: bool, v: Tensor, z: Tensor, status: Tensor, tensors: Sequence[Tensor]
+    ) -> Tensor:
+        """`A⁻¹ v` or `A⁻ᵀ v`, `(B, n)`; zero for samples without a derivative."""
+        ...
+
+
+def solve(system: System, z0: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """`z*`, `(B, n)`, differentiable in the tensors; of each sample the status, the residual and the steps."""
+    return _Solve.apply(system, z0, *tensors)  # pyright: ignore[reportReturnType]
+
+
+def solve_linear(
+    system: System, transposed: bool, v: Tensor, z: Tensor, status: Tensor, tensors: Sequence[Tensor]
+) -> Tensor:
+    """`A⁻¹ v` or `A⁻ᵀ v`, differentiable in `v`, `z` and the tensors."""
+    if batched(v) and not transformed():
+        # Of `torch.autograd.grad(..., is_grads_batched=True)`, whose vmap knows no rules of Functions.
+        level = torch._C._vmapmode_increment_nesting() - 1
+        torch._C._vmapmode_decrement_nesting()
+        whole: Tensor = torch._remove_batch_dim(v, level, 1, 0)  # pyright: ignore[reportPrivateImportUsage]
+        copies = system.mapped(len(whole), [None] * len(tensors))
+        rows = _rows(whole, 0, len(whole)), _rows(z, None, len(whole)), _rows(status, None, len(whole))
+        found = solve_linear(copies, transposed, *rows, tensors)
+        return torch._add_batch_dim(found.reshape(whole.shape), 0, level)  # pyright: ignore[reportPrivateImportUsage]
+    return _LinearSolve.apply(system, transposed, v, z, status, *tensors)  # pyright: ignore[reportReturnType]
+
+
+def gradients(system: System, v: Tensor, z: Tensor, status: Tensor, tensors: Sequence[Tensor]) -> list[Tensor | None]:
+    """What the gradient `v` with respect to z* is with respect to each tensor; None for an integer one."""
+    u = solve_linear(system, True, v, z, status, tensors)
+    places, fn = _of_some(system.residual, z, tensors)
+    found = pull(fn, [tensors[i] for i in places], u)
+    return _in_places(found, places, len(tensors))
+
+
+class _Solve(torch.autograd.Function):
+    """`z*` as a function of the tensors."""
+
+    @staticmethod
+    def forward(system: System, z0: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return system.settings.solve(system, z0, tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        system, z0, *tensors = inputs
+        ctx.system, ctx.z0 = system, (z0.shape, z0.dtype, z0.device)
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*output[:2], *tensors)
+        ctx.save_for_forward(*output[:2], *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        z, status, *tensors = ctx.saved_tensors
+        return None, torch.zeros_like(z), *gradients(ctx.system, grads[0], z, status, tensors)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        z, status, *tensors = ctx.saved_tensors
+        places = [i for i, t in enumerate(tangents[2:]) if t is not None and differentiable(tensors[i])]
+        if not places:
+            return torch.zeros_like(z), None, None, None
+        fn = _at_places(ctx.system.residual, z, tensors, places)
+        right = push(fn, [tensors[i] for i in places], [tangents[2 + i] for i in places], z)
+        return solve_linear(ctx.system, False, right, z, status, tensors), None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, system: System, z0: Tensor, *tensors: Tensor) -> Any:
+        size = info.batch_size
+        mapped, dims = _fronted(tensors, in_dims[2:])
+        out = solve(system.mapped(size, dims), _rows(z0, in_dims[1], size), mapped)
+        split = tuple(t.reshape(size, t.shape[0] // size, *t.shape[1:]) for t in out)
+        return split, (0,) * len(split)
+
+
+class _LinearSolve(torch.autograd.Function):
+    """`u = A⁻¹ v`, or `A⁻ᵀ v`, as a function of `v`, `z` and the tensors."""
+
+    @staticmethod
+    def forward(system: System, transposed: bool, v: Tensor, z: Tensor, status: Tensor, *tensors: Tensor) -> Tensor:
+        return system.settings.solve_linear(system, transposed, v, z, status, tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        system, transposed, _, z, status, *tensors = inputs
+        ctx.system, ctx.transposed = system, transposed
+        ctx.save_for_backward(output, z, status, *tensors)
+        ctx.save_for_forward(output, z, status, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        u, z, status, *tensors = ctx.saved_tensors
+        s = solve_linear(ctx.system, not ctx.transposed, grads[0], z, status, tensors)
+        left, right = (u, s) if ctx.transposed else (s, u)
+        # d⟨s, u⟩ = −⟨left, dA right⟩, and A = −∂r/∂z.
+        places = [i for i, t in enumerate(tensors) if differentiable(t)]
+
+        def product(z: Tensor, *some: Tensor) -> Tensor:
+            full = _filled(tensors, places, some)
+            (row,) = pull_in_graph(lambda z: ctx.system.residual(z, full), [z], left)
+            return row
+
+        found = pull(product, [z, *(tensors[i] for i in places)], right)
+        return None, None, s, found[0], None, *_in_places(found[1:], places, len(tensors))
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        u, z, status, *tensors = ctx.saved_tensors
+        dv, dz = tangents[2], tangents[3]
+        right = torch.zeros_like(u) if dv is None else dv
+        moving = [i for i, t in enumerate(tangents[5:]) if t is not None and differentiable(tensors[i])]
+        if dz is not None or moving:
+            dz = torch.zeros_like(z) if dz is None else dz
+
+            def product(z: Tensor, *some: Tensor) -> Tensor:
+                """`∂r/∂z u`, or its transpose's: `−A u`."""
+                full = _filled(tensors, moving, some)
+                at = lambda z: ctx.system.residual(z, full)  # noqa: E731
+                with torch.enable_grad():
+                    return pull(at, [z], u)[0] if ctx.transposed else push(at, [z], [u], u)
+
+            primals = [z, *(tensors[i] for i in moving)]
+            right = right + push(product, primals, [dz, *(tangents[5 + i] for i in moving)], u)
+        return solve_linear(ctx.system, ctx.transposed, right, z, status, tensors)
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: Any,
+        system: System,
+        transposed: bool,
+        v: Tensor,
+        z: Tensor,
+        status: Tensor,
+        *tensors: Tensor,
+    ) -> Any:
+        size = info.batch_size
+        mapped, dims = _fronted(tensors, in_dims[5:])
+        v, z, status = (_rows(t, d, size) for t, d in zip((v, z, status), in_dims[2:5], strict=True))
+        out = solve_linear(system.mapped(size, dims), transposed, v, z, status, mapped)
+        return out.reshape(size, out.shape[0] // size, out.shape[1]), 0
+
+
+def _of_some(
+    residual: Callable[[Tensor, Sequence[Tensor]], Tensor], z: Tensor, tensors: Sequence[Tensor]
+) -> tuple[list[int], Callable[..., Tensor]]:
+    places = [i for i, t in enumerate(tensors) if differentiable(t)]
+    return places, _at_places(residual, z, tensors, places)
+
+
+def _at_places(
+    residual: Callable[[Tensor, Sequence[Tensor]], Tensor], z: Tensor, tensors: Sequence[Tensor], places: list[int]
+) -> Callable[..., Tensor]:
+    """The residual at z as a function of the tensors in some places."""
+    return lambda *some: residual(z, _filled(tensors, places, some))
+
+
+def _filled(tensors: Sequence[Tensor], places: list[int], some: Sequence[Tensor]) -> list[Tensor]:
+    full = list(tensors)
+    for i, t in zip(places, some, strict=True):
+        full[i] = t
+    return full
+
+
+def _in_places(found: Sequence[Tensor], places: list[int], count: int) -> list[Tensor | None]:
+    full: list[Tensor | None] = [None] * count
+    for i, t in zip(places, found, strict=True):
+        full[i] = t
+    return full
+
+
+def _fronted(tensors: Sequence[Tensor], dims: Sequence[int | None]) -> tuple[list[Tensor], list[int | None]]:
+    """Tensors with their mapped dim in front, and which have one."""
+    moved = [t if d is None else t.movedim(d, 0).contiguous() for t, d in zip(tensors, dims, strict=True)]
+    return moved, [None if d is None else 0 for d in dims]
+
+
+def _rows(t: Tensor, dim: int | None, size: int) -> Tensor:
+    """`(B, ...)`, mapped or not, as `(size·B, ...)`."""
+    t = t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
+    return t.reshape(size * t.shape[1], *t.shape[2:])

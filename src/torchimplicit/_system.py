@@ -1,0 +1,122 @@
+"""An implicit equation as a pure function of its unknowns and of every tensor it reads: what derivative rules need."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from ._problem import Kind
+
+Call = Callable[[Tensor, Sequence[Tensor]], Tensor]
+"""`(z, tensors)` to fn's value: `(B, n)` to `(B, n)`, to the objective `(B,)`, or to rows of residuals `(B, m)`."""
+
+
+def transformed() -> bool:
+    """Whether a `torch.func` transform is at work."""
+    return torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def batched(t: Tensor) -> bool:
+    """Whether a tensor carries dims that only a `vmap` sees: torch.func's, or that of `is_grads_batched`."""
+    functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    return transformed() or functorch.is_legacy_batchedtensor(t)
+
+
+def differentiable(t: Tensor) -> bool:
+    """Whether a tensor's dtype has derivatives."""
+    return t.is_floating_point() or t.is_complex()
+
+
+def pull(fn: Callable[..., Tensor], primals: Sequence[Tensor], cotangent: Tensor) -> tuple[Tensor, ...]:
+    """`cotangentᵀ ∂fn/∂primals` at the primals; differentiable, by the caller's grad mode or transforms."""
+    if transformed() or forward_ad._current_level >= 0:
+        back: Any = torch.func.vjp(fn, *primals)[1]
+        return back(cotangent)
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # A view each: the derivative by a place, also where two places hold the same tensor.
+        own = [p.view_as(p) if again and p.requires_grad else p.detach().requires_grad_() for p in primals]
+        out = fn(*own)
+        if not out.requires_grad:
+            return tuple(torch.zeros_like(p) for p in primals)
+        return torch.autograd.grad(out, own, cotangent, create_graph=again, materialize_grads=True)
+
+
+def push(fn: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor], like: Tensor) -> Tensor:
+    """`∂fn/∂primals · tangents`, as the derivative of the linear map `c ↦ cᵀ ∂fn/∂primals`.
+
+    `torch.func.jvp` cannot be used in the rules of a Function under eager forward mode.
+
+    Args:
+        fn: of the primals.
+        primals: where.
+        tangents: as many.
+        like: of the shape and dtype that fn returns.
+    """
+
+    def paired(c: Tensor) -> Tensor:
+        total = torch.zeros((), dtype=like.dtype, device=like.device)
+        for g, t in zip(pull_in_graph(fn, primals, c), tangents, strict=True):
+            total = total + ((g.conj() * t).real if g.is_complex() else g * t).sum()
+        return total
+
+    (product,) = pull(paired, [torch.zeros_like(like)], torch.ones((), dtype=like.dtype, device=like.device))
+    return product
+
+
+def pull_in_graph(fn: Callable[..., Tensor], primals: Sequence[Tensor], cotangent: Tensor) -> tuple[Tensor, ...]:
+    """`pull` inside a function that is itself differentiated."""
+    with torch.enable_grad():
+        return pull(fn, primals, cotangent)
+
+
+@dataclass(frozen=True)
+class System:
+    """`r(z, tensors) = 0` for `B` independent problems, `z` being `(B, n)`.
+
+    Attributes:
+        kind: what fn's value means.
+        call: fn.
+        settings: how to solve it, and whom to tell; shared with the systems made of this one.
+        lanes: sizes of the dims that `vmap` has put in front of the batch, outermost first.
+    """
+
+    kind: Kind
+    call: Call
+    settings: Any
+    lanes: tuple[int, ...] = field(default=())
+
+    def value(self, z: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+        """fn's value, or the gradient of its objective, `(B, n)`."""
+        if self.kind in ("fixed_point", "root"):
+            return self.call(z, tensors)
+        (gradient,) = pull_in_graph(lambda z: self.objective(z, tensors).sum(), [z], z.new_ones(()))
+        return gradient
+
+    def objective(self, z: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+        """Of a minimisation, `(B,)`."""
+        out = self.call(z, tensors)
+        return 0.5 * out.square().sum(dim=1) if self.kind == "least_squares" else out
+
+    def residual(self, z: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+        """`r`: `fn(z) − z` for a fixed point, the negative value for the others; `A = −∂r/∂z`."""
+        value = self.value(z, tensors)
+        return value - z if self.kind == "fixed_point" else -value
+
+    def mapped(self, size: int, dims: Sequence[int | None]) -> "System":
+        """The system of `size` copies, `z` being `(size·B, n)`.
+
+        Args:
+            size: how many.
+            dims: 0 for a tensor that has a dim of that size in front, None for one that the copies share.
+        """
+
+        def call(z: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+            z = z.reshape(size, z.shape[0] // size, *z.shape[1:])
+            out = torch.func.vmap(self.call, in_dims=(0, list(dims)), randomness="different")(z, list(tensors))
+            return out.reshape(out.shape[0] * out.shape[1], *out.shape[2:])
+
+        return replace(self, call=call, lanes=(size, *self.lanes))

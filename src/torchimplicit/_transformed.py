@@ -1,0 +1,110 @@
+"""A call under `torch.func` transforms or in forward mode: every tensor that fn reads is an input of the rules."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from ._adjoint import Implicit
+from ._equation import Equation
+from ._objective import Gradient
+from ._problem import Problem
+from ._report import OnFailure, call_site
+from ._rules import solve
+from ._solution import AdjointReport, Solution, Status
+from ._system import transformed
+from ._tape import Tape
+from .solvers import Method
+
+
+def needs_rules(problem: Problem, start: Tensor) -> bool:
+    """Whether a call is transformed, or reads dual tensors (which takes an evaluation to see, in `dual_level` only)."""
+    if transformed():
+        return True
+    if forward_ad._current_level < 0:
+        return False
+    tape = _tape(problem, start)
+    return any(_is_dual(t) for t in tape.inputs)
+
+
+def run_transformed(
+    problem: Problem,
+    start: Tensor,
+    solver: Method,
+    adjoint: Implicit,
+    max_steps: int | None,
+    on_failure: OnFailure,
+    trace: bool,
+) -> Solution:
+    """Solve with the derivative rules in place."""
+    _refuse_forward_over_forward(problem.kind)
+    first = _tape(problem, start)
+    report = AdjointReport()
+    equation = Equation(
+        problem=problem,
+        method=solver,
+        adjoint=adjoint,
+        max_steps=max_steps,
+        on_failure=on_failure,
+        site=call_site(),
+        report=report,
+        tape=None,
+        reads=first.inputs,
+        keep_trace=trace,
+    )
+    z, status, residual, steps = solve(equation.system(), start, first.inputs)
+    final = _tape(problem, z)
+    known = {id(t): i for i, t in enumerate(first.inputs)}
+    if final.opaque or first.opaque or any(id(t) not in known for t in final.inputs):
+        raise RuntimeError(
+            f"{problem.kind}: under torch.func and in forward mode every operation of fn must be visible, but some "
+            "tensors that it reads are made out of sight, by a custom autograd.Function or a transform inside fn, or "
+            "differ from call to call; write these in plain operations, or use torch.autograd.grad or backward."
+        )
+    equation.tape, equation.places = final, [known[id(t)] for t in final.inputs]
+    layout = problem.layout
+    return Solution(
+        value=layout.unpack(z),
+        status=layout.per_sample(status),
+        converged=layout.per_sample(status == int(Status.CONVERGED)),
+        residual=layout.per_sample(residual),
+        steps=layout.per_sample(steps),
+        evaluations=problem.evaluations,
+        trace=layout.per_sample(equation.traces[0]) if equation.traces else None,
+        adjoint=report,
+    )
+
+
+def _tape(problem: Problem, z: Tensor) -> Tape:
+    """Of the user's function at a state."""
+    user = problem.fn.fn if isinstance(problem.fn, Gradient) else problem.fn
+    recorded: list[Tape] = []
+
+    def record(argument: Any, *args: Any) -> Any:
+        tape, out = Tape.record(user, argument, args)
+        recorded.append(tape)
+        return out
+
+    with torch.enable_grad():
+        problem.packed(problem.under_autocast(record, problem.layout.unpack(z.detach())))
+    problem.count(1)
+    return recorded[0]
+
+
+def _is_dual(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and forward_ad.unpack_dual(leaf).tangent is not None
+
+
+def _refuse_forward_over_forward(kind: str) -> None:
+    """A custom Function's derivative in forward mode has none itself in torch: it would silently be zero."""
+    from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
+
+    names = [str(i.key()) for i in retrieve_all_functorch_interpreters()]
+    levels = sum(name.endswith("Jvp") for name in names) + (forward_ad._current_level >= 0 and "Jvp" not in str(names))
+    if levels > 1:
+        raise RuntimeError(
+            f"{kind}: forward mode over forward mode (jvp of jvp, jacfwd of jacfwd) is not supported by torch for "
+            "custom derivatives; take one of the two in reverse mode: jacfwd(jacrev(f)), torch.func.hessian, or jvp "
+            "of grad."
+        )
