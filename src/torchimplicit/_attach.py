@@ -62,7 +62,7 @@ class Backward:
         if self.tape.opaque:
             raise RuntimeError(
                 f"{self.problem.kind}: a derivative of the gradient needs every operation of fn to be visible, but "
-                "some tensors are made out of sight, by a custom autograd.Function say; write these in plain operations."
+                "some tensors are made out of sight, by a custom autograd.Function say; write it in plain operations."
             )
         return Equation(
             problem=self.problem,

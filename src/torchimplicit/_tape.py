@@ -58,8 +58,9 @@ class Tape:
     def record(fn: Callable[..., Any], argument: Any, args: tuple[Any, ...]) -> "tuple[Tape, Any]":
         """Call `fn(argument, *args)`; its tape, and what it returned."""
         tape = Tape()
-        mode = _Recording(tape)
-        tape._given = [mode.made(t) for t in pytree.tree_leaves(argument)]
+        given = pytree.tree_leaves(argument)
+        mode = _Recording(tape, min((t.grad_fn._sequence_nr() for t in given if t.grad_fn is not None), default=None))
+        tape._given = [mode.made(t) for t in given]
         with mode:
             out = fn(argument, *args)
         leaves, spec = pytree.tree_flatten(out)
@@ -91,9 +92,10 @@ class Tape:
 class _Recording(TorchFunctionMode):
     """Writes a tape while a function runs."""
 
-    def __init__(self, tape: Tape) -> None:
+    def __init__(self, tape: Tape, first: int | None) -> None:
         super().__init__()
         self._tape = tape
+        self._first = first  # number of the argument's graph node: those of tensors made since then are not lower
         self._slot: dict[int, int] = {}
         self._kept: list[Tensor] = []  # lest an id be used twice
         self._unseen: set[int] = set()
@@ -105,6 +107,8 @@ class _Recording(TorchFunctionMode):
             slot = self.made(t)
             self._tape.inputs.append(t)
             self._tape._slots.append(slot)
+            if self._first is not None and t.grad_fn is not None and t.grad_fn._sequence_nr() >= self._first:
+                self._tape.opaque = True
         elif slot in self._unseen and t.requires_grad:
             self._tape.opaque = True  # made without a graph, and has one now: by the forward of a custom Function
         return slot

@@ -45,6 +45,7 @@ class Neumann(LinearSolver):
         found = _Found(rows.value, size, torch.zeros_like(size, dtype=torch.long))
         # NaN counts as above the target, here and below.
         above = (size <= target).logical_not_()
+        divisible = getattr(operator, "divisible", True)
         taken = 0
         while True:
             left = above.nonzero()[:, 0]
@@ -52,7 +53,10 @@ class Neumann(LinearSolver):
                 found.put(rows, taken)
                 if not left.numel():
                     break
-                rows = rows.select(left)
+                if divisible:
+                    rows = rows.select(left)
+                else:
+                    rows.running = above
             # Norms are looked at every few steps, always the same ones.
             terms = min(_CHECK_EVERY, self.max_steps - taken)
             total, rows.residual = rows.operator.neumann(rows.residual, terms)
@@ -65,6 +69,8 @@ class Neumann(LinearSolver):
             elif taken % (_CHECK_EVERY * self.patience) == 0:
                 above &= rows.norm <= self.slowest ** (_CHECK_EVERY * self.patience) * rows.reference
                 rows.reference = rows.norm
+            if rows.running is not None:
+                above &= rows.running
         if verify and taken:
             found.norm = two(b - operator.mv(found.value))
         return _report(found, size, target, self.max_steps)
@@ -82,6 +88,7 @@ class _Rows:
         target: what the norm is to come down to, `(rows,)`.
         reference: the norm when its fall was last looked at, `(rows,)`.
         samples: which samples they are, by their indices; None for all.
+        running: where rows that are done stay, those that are not; None while all run.
     """
 
     operator: LinearOperator
@@ -91,6 +98,7 @@ class _Rows:
     target: Tensor
     reference: Tensor
     samples: Tensor | None = None
+    running: Tensor | None = None
 
     def select(self, left: Tensor) -> "_Rows":
         """Some of the rows, by their indices."""
@@ -109,7 +117,12 @@ class _Found:
 
     def put(self, rows: _Rows, taken: int) -> None:
         """Take over what some rows have come to; those that go on will be put again."""
-        if rows.samples is None:
+        if rows.running is not None:
+            going = rows.running
+            self.value = torch.where(going[:, None], rows.value, self.value)
+            self.norm = torch.where(going, rows.norm, self.norm)
+            self.steps = torch.where(going, taken, self.steps)
+        elif rows.samples is None:
             self.value, self.norm = rows.value, rows.norm
             self.steps.fill_(taken)
         else:

@@ -7,6 +7,7 @@ from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import _engine_run_backward
 
 
 class JacobianOperator(Protocol):
@@ -87,8 +88,11 @@ class AutogradJacobian:
         self.count(1)
         if not self.output.requires_grad:
             return torch.zeros_like(self.state)
-        (product,) = torch.autograd.grad(self.output, self.state, u, retain_graph=True, materialize_grads=True)
-        return product
+        # What `torch.autograd.grad` calls once it has looked at its arguments, which takes a third of its time here.
+        (product,) = _engine_run_backward(
+            (self.output,), (u,), True, False, (self.state,), allow_unreachable=True, accumulate_grad=False
+        )
+        return torch.zeros_like(self.state) if product is None else product
 
     def select(self, samples: Tensor) -> "PartialJacobian":
         """`J` of some samples alone, by their indices."""
@@ -218,6 +222,11 @@ class ResidualJacobian:
     jacobian: AutogradJacobian | SuppliedJacobian | PartialJacobian
     shifted: bool
     transposed: bool = False
+
+    @property
+    def divisible(self) -> bool:
+        """Whether products for some samples cost less than for all."""
+        return isinstance(self.jacobian, SuppliedJacobian)
 
     @property
     def mT(self) -> "ResidualJacobian":
