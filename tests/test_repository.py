@@ -29,7 +29,7 @@ FLOORS = [
     "_iterate",
     "_stages _rules",
     "_equation",
-    "_attach _transformed",
+    "_attach _transformed _unroll",
     "_call",
     "_api",
     "diagnostics",

@@ -1,7 +1,12 @@
 """torchimplicit: implicit layers for PyTorch, with exact gradients and per-sample evidence of convergence."""
 
 from . import nn as nn
+from ._adjoint import Adjoint as Adjoint
 from ._adjoint import Implicit as Implicit
+from ._adjoint import JacobianFree as JacobianFree
+from ._adjoint import NeumannSeries as NeumannSeries
+from ._adjoint import PhantomGradient as PhantomGradient
+from ._adjoint import Shine as Shine
 from ._api import fixed_point as fixed_point
 from ._api import least_squares as least_squares
 from ._api import minimize as minimize
@@ -11,6 +16,7 @@ from ._solution import ConvergenceError as ConvergenceError
 from ._solution import ConvergenceWarning as ConvergenceWarning
 from ._solution import Solution as Solution
 from ._solution import Status as Status
+from ._unroll import Unroll as Unroll
 from .diagnostics import Comparison as Comparison
 from .diagnostics import Monitor as Monitor
 from .diagnostics import compare_solvers as compare_solvers
@@ -40,39 +46,45 @@ from .solvers import Picard as Picard
 __version__ = "0.1.0"
 
 __all__ = [
-    "minimize",
-    "least_squares",
-    "NewtonCG",
-    "LBFGS",
-    "LevenbergMarquardt",
-    "Dogleg",
-    "Chord",
-    "Broyden",
-    "Auto",
-    "CG",
-    "GMRES",
-    "LU",
-    "QR",
+    "Adjoint",
     "AdjointReport",
     "Anderson",
+    "Auto",
     "BiCGStab",
     "Bisection",
+    "Broyden",
+    "CG",
     "Cascade",
     "Chandrupatla",
+    "Chord",
     "Comparison",
     "ConvergenceError",
     "ConvergenceWarning",
+    "Dogleg",
+    "GMRES",
     "Implicit",
     "Jacobi",
+    "JacobianFree",
+    "LBFGS",
+    "LU",
+    "LevenbergMarquardt",
     "Monitor",
     "Neumann",
+    "NeumannSeries",
     "Newton",
+    "NewtonCG",
     "NewtonKrylov",
+    "PhantomGradient",
     "Picard",
+    "QR",
+    "Shine",
     "Solution",
     "Status",
+    "Unroll",
     "compare_solvers",
     "fixed_point",
+    "least_squares",
+    "minimize",
     "monitor",
     "nn",
     "root",

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any, Never
 
-from ._adjoint import Implicit
+from ._adjoint import Adjoint
 from ._call import run
 from ._options import refuse_unknown
 from ._report import OnFailure
@@ -18,7 +18,7 @@ def fixed_point(
     z0: PyTree,
     *args: Any,
     solver: Method | None = None,
-    adjoint: Implicit | None = None,
+    adjoint: Adjoint | None = None,
     batch_dims: int = 0,
     max_steps: int | None = None,
     on_failure: OnFailure = "warn",
@@ -82,7 +82,7 @@ def root(
     z0: PyTree,
     *args: Any,
     solver: Method | None = None,
-    adjoint: Implicit | None = None,
+    adjoint: Adjoint | None = None,
     batch_dims: int = 0,
     max_steps: int | None = None,
     on_failure: OnFailure = "warn",
@@ -142,7 +142,7 @@ def minimize(
     z0: PyTree,
     *args: Any,
     solver: Method | None = None,
-    adjoint: Implicit | None = None,
+    adjoint: Adjoint | None = None,
     batch_dims: int = 0,
     max_steps: int | None = None,
     on_failure: OnFailure = "warn",
@@ -203,7 +203,7 @@ def least_squares(
     z0: PyTree,
     *args: Any,
     solver: Method | None = None,
-    adjoint: Implicit | None = None,
+    adjoint: Adjoint | None = None,
     batch_dims: int = 0,
     max_steps: int | None = None,
     on_failure: OnFailure = "warn",

@@ -19,17 +19,17 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ._adjoint import Implicit
+from ._adjoint import LinearAdjoint
 from ._books import Outcome
 from ._equation import Equation
-from ._isolate import Donors, evaluate_without, shield
+from ._isolate import Donors, evaluate_without, shield, start_of_graph
 from ._problem import Problem
 from ._report import OnFailure, report_failures
 from ._rules import gradients, solve_linear
 from ._solution import AdjointReport
 from ._system import batched
 from ._tape import Tape
-from .linear import AutogradJacobian, ResidualJacobian
+from .linear import AutogradJacobian, Inverse, ResidualJacobian
 
 
 @dataclass
@@ -43,9 +43,10 @@ class Backward:
         record: fn's recorded output.
         tape: of that evaluation.
         donors: where failed samples were taken out of it, whose rows stand in their places, and in which inputs.
+        inverse: what the solver knew of `A⁻¹`.
     """
 
-    adjoint: Implicit
+    adjoint: LinearAdjoint
     problem: Problem
     dead: Tensor | None
     status: Tensor
@@ -56,6 +57,7 @@ class Backward:
     record: AutogradJacobian
     tape: Tape
     donors: Donors | None
+    inverse: Inverse | None
 
     def equation(self) -> Equation:
         """For the derivative rules."""
@@ -75,6 +77,7 @@ class Backward:
             tape=self.tape,
             reads=self.tape.inputs,
             donors=self.donors,
+            inverse=self.inverse,
         )
 
     def solve(self, v: Tensor) -> Tensor:
@@ -83,7 +86,7 @@ class Backward:
         if self.dead is not None:
             v = torch.where(self.dead[:, None], 0.0, v)
         with torch.autocast(v.device.type, enabled=False):
-            found = self.adjoint.solve(self.operator.mT, v)
+            found = self.adjoint.solve(self.operator.mT, v, self.inverse)
         status = found.status if self.dead is None else torch.where(self.dead, self.status, found.status)
         layout = self.problem.layout
         self.report.status = layout.per_sample(status)
@@ -96,18 +99,6 @@ class Backward:
             what = f"backward of {self.problem.kind} (the gradient of these samples is zero)"
             report_failures(what, found.status, self.on_failure, site=self.site)
         return found.value if self.problem.kind == "fixed_point" else -found.value
-
-
-class _Start(torch.autograd.Function):
-    """The identity on `z`, as the start of a recorded graph: gradients end here and accumulate nowhere."""
-
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, z: Tensor) -> Tensor:
-        return z.view_as(z)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        return None, None
 
 
 class _Attach(torch.autograd.Function):
@@ -154,7 +145,7 @@ def attach(
     problem: Problem,
     outcome: Outcome,
     z0: list[Tensor],
-    adjoint: Implicit,
+    adjoint: LinearAdjoint,
     report: AdjointReport,
     on_failure: OnFailure,
     site: tuple[str, int],
@@ -179,9 +170,9 @@ def attach(
         donors = None
         if any_dead and not bool(finite[dead].all()):
             # fn is NaN or infinite somewhere in this evaluation, and 0·NaN = NaN: take those samples out of it.
-            output, start, inputs, tape, donors = evaluate_without(problem, z, dead | ~finite, _start_of_graph)
+            output, start, inputs, tape, donors = evaluate_without(problem, z, dead | ~finite)
         else:
-            start = _start_of_graph(z)
+            start = start_of_graph(z)
             output, tape = problem.recorded(start)
         if output is None or not _reads_more(problem, output, start):
             return _inert(z, [*inputs, *starts])
@@ -203,14 +194,10 @@ def attach(
             record=record,
             tape=tape,
             donors=donors,
+            inverse=outcome.inverse,
         )
         attached: Tensor = _Attach.apply(backward, output, z, *tape.inputs)  # pyright: ignore[reportAssignmentType]
         return _inert(attached, starts)
-
-
-def _start_of_graph(z: Tensor) -> Tensor:
-    """`z` as a differentiable start of a graph that ends there."""
-    return _Start.apply(torch.empty(0, requires_grad=True), z)  # pyright: ignore[reportReturnType]
 
 
 def _inert(z: Tensor, inputs: list[Tensor]) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 from ._problem import Evaluation, Problem
 from ._solution import Status
 from ._tolerance import Tolerance
+from .linear import Inverse
 from .solvers import Stage
 
 _RUNNING = -1
@@ -29,6 +30,7 @@ class Outcome:
         trace: residual norms after each step, `(steps, B)`, or None.
         finite: whether fn's value at `z` is finite.
         clean: whether every sample converged, known to the host.
+        inverse: what the solver knows of `A⁻¹` at `z`, where it was asked for.
     """
 
     z: Tensor
@@ -38,6 +40,7 @@ class Outcome:
     trace: Tensor | None
     finite: Tensor
     clean: bool
+    inverse: Inverse | None = None
 
 
 class Books:

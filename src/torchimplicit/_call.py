@@ -1,12 +1,13 @@
 """One call, whatever it solves: read and check the arguments, solve, attach the gradient, make the `Solution`."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
-from ._adjoint import Implicit
+from ._adjoint import Adjoint, Implicit, JacobianFree, LinearAdjoint
 from ._attach import attach
 from ._layout import Layout
 from ._objective import Gradient
@@ -16,6 +17,7 @@ from ._report import OnFailure, call_site, check_on_failure, report_failures
 from ._solution import AdjointReport, PyTree, Solution, Status
 from ._stages import solve
 from ._transformed import needs_rules, run_transformed
+from ._unroll import Unroll, unrolled
 from .solvers import Auto, Method
 
 
@@ -26,7 +28,7 @@ def run(
     args: tuple[Any, ...],
     *,
     solver: Method | None,
-    adjoint: Implicit | None,
+    adjoint: Adjoint | None,
     batch_dims: int,
     max_steps: int | None,
     on_failure: OnFailure,
@@ -45,8 +47,17 @@ def run(
     with torch.no_grad(), problem.exact():
         start = layout.pack([leaf.detach() for leaf in leaves]).clone()  # nothing may write into the caller's z0
         transformed = needs_rules(problem, start)
+    unroll = adjoint if isinstance(adjoint, Unroll) else None
+    implicit = adjoint if isinstance(adjoint, LinearAdjoint) else JacobianFree()
     if transformed:
-        return run_transformed(problem, start, solver, adjoint, max_steps, on_failure, trace)
+        solution = run_transformed(problem, start, solver, implicit, max_steps, on_failure, trace)
+        if unroll is None:
+            return solution
+        z = layout.pack(pytree.tree_leaves(solution.value)).detach()
+        status, steps = solution.status.reshape(len(z)), solution.steps.reshape(len(z))
+        return replace(solution, value=layout.unpack(unrolled(problem, solver, unroll, start, z, status, steps)))
+    if implicit.needs_inverse and torch.is_grad_enabled():
+        problem.keep_inverse()
     with torch.no_grad(), problem.exact():
         outcome = solve(problem, solver, start, max_steps, trace, Progress(kind) if verbose else None)
     evaluations = problem.evaluations
@@ -54,7 +65,10 @@ def run(
     z = outcome.z
     if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
         with problem.exact():
-            z = attach(problem, outcome, leaves, adjoint, report, on_failure, call_site())
+            if unroll is None:
+                z = attach(problem, outcome, leaves, implicit, report, on_failure, call_site())
+            else:
+                z = unrolled(problem, solver, unroll, start, outcome.z, outcome.status, outcome.steps)
     converged = outcome.status == int(Status.CONVERGED)
     solution = Solution(
         value=layout.unpack(z),
@@ -78,8 +92,10 @@ def _check_call(fn: Any, solver: Any, adjoint: Any, max_steps: Any, on_failure: 
         raise TypeError(
             f"solver={solver!r} is no solver; give an instance such as torchimplicit.Anderson() or Newton(), or None."
         )
-    if not isinstance(adjoint, Implicit):
+    if not isinstance(adjoint, Adjoint):
         raise TypeError(f"adjoint={adjoint!r} is no adjoint; give torchimplicit.Implicit(), an instance.")
+    if isinstance(adjoint, Unroll):
+        adjoint.check(solver)
     if max_steps is not None and (isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 0):
         raise ValueError(f"max_steps={max_steps!r} is not valid; give an integer >= 0 or None.")
     check_on_failure(on_failure)

@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._adjoint import Implicit
+from ._adjoint import LinearAdjoint
 from ._books import Outcome
 from ._closure import substituted
 from ._isolate import Donors
@@ -19,8 +20,20 @@ from ._solution import AdjointReport, Status
 from ._stages import solve
 from ._system import System
 from ._tape import Tape
-from .linear import AutogradJacobian, ResidualJacobian
+from .linear import AutogradJacobian, Inverse, ResidualJacobian
 from .solvers import Method
+
+
+@dataclass(frozen=True)
+class Copies:
+    """An inverse for several copies of each sample's system, copy after copy."""
+
+    inverse: Inverse
+    count: int
+
+    def apply(self, p: Tensor, transposed: bool) -> Tensor:
+        """Of each copy."""
+        return torch.cat([self.inverse.apply(part, transposed) for part in p.chunk(self.count)])
 
 
 @dataclass
@@ -38,6 +51,7 @@ class Equation:
         tape: of fn at the solution; None until it is known, when fn itself is called.
         reads: the tensors that fn reads, in the order of the system's.
         places: where among the system's tensors the tape's inputs are; None where these are the same.
+        inverse: what the solver knew of `A⁻¹`.
         donors: stand in for failed samples.
         keep_trace: whether to keep the residuals of every step.
         traces: these.
@@ -45,7 +59,7 @@ class Equation:
 
     problem: Problem
     method: Method | None
-    adjoint: Implicit
+    adjoint: LinearAdjoint
     max_steps: int | None
     on_failure: OnFailure
     site: tuple[str, int]
@@ -54,6 +68,7 @@ class Equation:
     reads: list[Tensor]
     places: list[int] | None = None
     donors: Donors | None = None
+    inverse: Inverse | None = None
     keep_trace: bool = False
     traces: list[Tensor] = field(default_factory=list)
 
@@ -80,10 +95,27 @@ class Equation:
             raise AssertionError("the solution of this equation is known")
         problem = self._plain(system, z0, tensors)
         with torch.no_grad(), problem.exact():
+            if self.adjoint.needs_inverse:
+                problem.keep_inverse()
             outcome = solve(problem, self.method, z0.detach().clone(), self.max_steps, self.keep_trace)
         self.problem.count(problem.evaluations)
         self._tell(system, outcome)
+        self.inverse = outcome.inverse if not system.lanes else None
         return outcome.z, outcome.status, outcome.residual, outcome.steps
+
+    def _inverse(self, system: System) -> Inverse | None:
+        """What was known of the inverse, for a system whose lanes are copies."""
+        if self.inverse is None or not system.lanes:
+            return self.inverse
+        return Copies(self.inverse, prod(system.lanes))
+
+    def require_exact(self) -> None:
+        """Raise unless the gradient has derivatives of its own."""
+        if not self.adjoint.exact:
+            raise RuntimeError(
+                f"{self.problem.kind}: adjoint={type(self.adjoint).__name__}(...) approximates the first derivative, "
+                "which has no derivative of its own and no forward mode; use torchimplicit.Implicit()."
+            )
 
     def _tell(self, system: System, outcome: Outcome) -> None:
         if outcome.trace is not None and not system.lanes:
@@ -112,7 +144,7 @@ class Equation:
             record = AutogradJacobian.at(lambda z: system.value(z, tensors), z, self.problem.count)
             operator = ResidualJacobian(record, shifted=system.kind == "fixed_point")
             v = torch.where(dead[:, None], 0.0, v)
-            found = self.adjoint.solve(operator.mT if transposed else operator, v)
+            found = self.adjoint.solve(operator.mT if transposed else operator, v, self._inverse(system))
         status = torch.where(dead, status, found.status)
         shape = (*system.lanes, *self.problem.layout.batch_shape)
         self.report.status = status.reshape(shape)

@@ -1,6 +1,6 @@
 """Keeping failed samples out of the others' gradients, where `0·NaN = NaN` would carry them over."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
@@ -14,6 +14,23 @@ from ._problem import Problem
 from ._tape import Tape
 
 _ATTEMPTS = 64
+
+
+class _Start(torch.autograd.Function):
+    """The identity on `z`, as the start of a recorded graph: gradients end here and accumulate nowhere."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, z: Tensor) -> Tensor:
+        return z.view_as(z)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return None, None
+
+
+def start_of_graph(z: Tensor) -> Tensor:
+    """`z` as a differentiable start of a graph that ends there."""
+    return _Start.apply(torch.empty(0, requires_grad=True), z)  # pyright: ignore[reportReturnType]
 
 
 @dataclass(frozen=True)
@@ -39,7 +56,7 @@ class Donors:
 
 
 def evaluate_without(
-    problem: Problem, z: Tensor, failed: Tensor, begin: Callable[[Tensor], Tensor]
+    problem: Problem, z: Tensor, failed: Tensor
 ) -> tuple[Tensor | None, Tensor, list[Tensor], Tape, Donors | None]:
     """fn's output at `z`, with the failed samples' inputs replaced by those of a healthy sample.
 
@@ -51,14 +68,13 @@ def evaluate_without(
         problem: the equation.
         z: the states, `(B, n)`.
         failed: `(B,)` bool.
-        begin: makes a state the start of a recorded graph.
 
     Returns:
         The output `(B, n)` with its graph, or None where no sample is healthy or no choice is accepted: then no
         gradient can be told from the failed samples' and all must be zero. The start of that graph. The tensors that
         fn reads and that require a gradient. The tape of an evaluation. The donors.
     """
-    start = begin(z)
+    start = start_of_graph(z)
     reference, tape = problem.recorded(start)
     read = tape.inputs
     wanted = [t for t in read if t.requires_grad]
@@ -69,7 +85,7 @@ def evaluate_without(
     index = torch.where(failed, index[healthy][0], index)
     value = reference.detach()
     # The replaced states start the graph, not the originals: a donor's Jacobian must not count twice.
-    start = begin(z.index_select(0, index))
+    start = start_of_graph(z.index_select(0, index))
     for chosen in _choices(problem, read):
         replaced = [_take(t, index, problem.layout.batch_shape) for t in chosen]
         try:

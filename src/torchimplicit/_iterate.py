@@ -1,5 +1,7 @@
 """The one loop: every solver runs in it, and convergence and failure are decided in it, sample by sample."""
 
+from dataclasses import replace
+
 from torch import Tensor
 
 from ._books import Books, Outcome
@@ -73,4 +75,5 @@ def iterate(
                     problem, state = part, solver.select(state, rows)
                     z, evaluation = z.index_select(0, rows), evaluation.select(rows)
                     books.select(rows, part)
-    return books.close(whole, history if keep_trace else None)
+    outcome = books.close(whole, history if keep_trace else None)
+    return replace(outcome, inverse=solver.inverse(state)) if problem.keeps_inverse and step else outcome

@@ -91,6 +91,7 @@ class Problem:
     Attributes:
         epsilon: rounding unit of fn's values; larger than the state's own under autocast.
         has_closed_form: whether fn supplies its Jacobian itself.
+        keeps_inverse: whether the solver is asked what it knows of `A⁻¹` when it is done.
     """
 
     def __init__(self, kind: Kind, fn: Any, args: tuple[Any, ...], layout: Layout) -> None:
@@ -115,6 +116,7 @@ class Problem:
         self._split = self._samplewise or (declared is None and bool(layout.batch_shape) and self._carries_the_batch())
         # Whether fn was seen to return the state's own dtype and shape, and may repeat itself unseen.
         self._plain = False
+        self.keeps_inverse = False
         self.has_closed_form = self._closed_form()
         self._repeats = self._same and self._autocast is None and hasattr(fn, "repeat") and self.has_closed_form
 
@@ -242,6 +244,10 @@ class Problem:
             return False
         hooked = getattr(self.fn, "_forward_hooks", None) or getattr(self.fn, "_forward_pre_hooks", None)
         return not hooked and _age(self.fn, "linearize") <= _age(self.fn, "forward")
+
+    def keep_inverse(self) -> None:
+        """Ask the solver for it; no sample may leave the batch then."""
+        self.keeps_inverse, self._split = True, False
 
     @property
     def crowd(self) -> float:

@@ -27,6 +27,10 @@ class Settings(Protocol):
         """`A⁻¹ v` or `A⁻ᵀ v`, `(B, n)`; zero for samples without a derivative."""
         ...
 
+    def require_exact(self) -> None:
+        """Raise unless the linear solves are exact, so that they have derivatives and transposes."""
+        ...
+
 
 def solve(system: System, z0: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """`z*`, `(B, n)`, differentiable in the tensors; of each sample the status, the residual and the steps."""
@@ -79,6 +83,7 @@ class _Solve(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
+        ctx.system.settings.require_exact()
         z, status, *tensors = ctx.saved_tensors
         places = [i for i, t in enumerate(tangents[2:]) if t is not None and differentiable(tensors[i])]
         if not places:
@@ -112,6 +117,7 @@ class _LinearSolve(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
+        ctx.system.settings.require_exact()
         u, z, status, *tensors = ctx.saved_tensors
         s = solve_linear(ctx.system, not ctx.transposed, grads[0], z, status, tensors)
         left, right = (u, s) if ctx.transposed else (s, u)
@@ -128,6 +134,7 @@ class _LinearSolve(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
+        ctx.system.settings.require_exact()
         u, z, status, *tensors = ctx.saved_tensors
         dv, dz = tangents[2], tangents[3]
         right = torch.zeros_like(u) if dv is None else dv

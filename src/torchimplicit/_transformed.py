@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ._adjoint import Implicit
+from ._adjoint import LinearAdjoint
 from ._equation import Equation
 from ._objective import Gradient
 from ._problem import Problem
@@ -32,7 +32,7 @@ def run_transformed(
     problem: Problem,
     start: Tensor,
     solver: Method,
-    adjoint: Implicit,
+    adjoint: LinearAdjoint,
     max_steps: int | None,
     on_failure: OnFailure,
     trace: bool,

@@ -4,6 +4,9 @@ from ._bicgstab import BiCGStab as BiCGStab
 from ._cascade import Cascade as Cascade
 from ._cg import CG as CG
 from ._gmres import GMRES as GMRES
+from ._inverse import Factors as Factors
+from ._inverse import Inverse as Inverse
+from ._inverse import LowRank as LowRank
 from ._lu import LU as LU
 from ._neumann import Neumann as Neumann
 from ._operator import AutogradJacobian as AutogradJacobian

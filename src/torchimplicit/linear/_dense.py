@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ._inverse import Factors
 from ._solver import LinearOperator, LinearSolution, LinearSolver
 
 
@@ -18,25 +19,28 @@ class DenseSolver(LinearSolver):
         zeros = torch.zeros(b.shape[0], dtype=torch.long, device=b.device)
         needed = (b != 0).any(dim=1)
         if bool(needed.all()):
-            value, status, residual = self._factorise(operator.dense(), b, rtol, verify)
-            return LinearSolution(value, status, residual, zeros, not bool(status.any()))
+            value, status, residual, factors = self._factorise(operator.dense(), b, rtol, verify)
+            return LinearSolution(value, status, residual, zeros, not bool(status.any()), factors)
         # Rows with b = 0 have x = 0: resting samples of a Newton step cost no factorisation.
         left = needed.nonzero()[:, 0]
         if not left.numel():
             return LinearSolution(torch.zeros_like(b), zeros, b.new_zeros(b.shape[0]), zeros.clone(), True)
         rtol = rtol.index_select(0, left) if isinstance(rtol, Tensor) and rtol.ndim else rtol
-        found = self._factorise(operator.select(left).dense(), b.index_select(0, left), rtol, verify)
+        *found, factors = self._factorise(operator.select(left).dense(), b.index_select(0, left), rtol, verify)
         value, status, residual = (
             whole.index_copy(0, left, part)
             for whole, part in zip((torch.zeros_like(b), zeros, b.new_zeros(b.shape[0])), found, strict=True)
         )
-        return LinearSolution(value, status, residual, zeros, not bool(status.any()))
+        return LinearSolution(value, status, residual, zeros, not bool(status.any()), factors, left)
 
     @abstractmethod
     def _factorise(
         self, matrix: Tensor, b: Tensor, rtol: float | Tensor, verify: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Solution, status and relative residual; `(B, n, n)` and `(B, n)`, n and B positive, no row of b zero."""
+    ) -> tuple[Tensor, Tensor, Tensor, Factors | None]:
+        """Solution, status, relative residual, and the LU factors if there are any.
+
+        `(B, n, n)` and `(B, n)`, n and B positive, no row of b zero.
+        """
 
 
 def equilibrate(matrix: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,6 +8,7 @@ from torch import Tensor
 from .._norms import two
 from .._solution import Status
 from ._dense import DenseSolver, condition_limit, equilibrate
+from ._inverse import Factors
 from ._probe import signs
 
 
@@ -24,8 +25,8 @@ class LU(DenseSolver):
 
     def _factorise(
         self, matrix: Tensor, b: Tensor, rtol: float | Tensor, verify: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Solution, status and relative residual."""
+    ) -> tuple[Tensor, Tensor, Tensor, Factors]:
+        """Solution, status, relative residual and factors."""
         del rtol
         scaled, scaling, finite = equilibrate(matrix, b)
         factors, pivots, info = torch.linalg.lu_factor_ex(scaled)
@@ -40,4 +41,5 @@ class LU(DenseSolver):
         residual = two(b - torch.bmm(matrix, value[:, :, None])[:, :, 0]) / two(b)
         status = torch.where(regular, int(Status.CONVERGED), int(Status.SINGULAR))
         status = torch.where(finite, status, int(Status.NONFINITE))
-        return value, status, torch.where(residual.isnan(), torch.inf, residual)
+        kept = Factors(factors, pivots, scaling, regular & finite)
+        return value, status, torch.where(residual.isnan(), torch.inf, residual), kept

@@ -31,8 +31,8 @@ class QR(DenseSolver):
 
     def _factorise(
         self, matrix: Tensor, b: Tensor, rtol: float | Tensor, verify: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Solution, status and relative residual."""
+    ) -> tuple[Tensor, Tensor, Tensor, None]:
+        """Solution, status and relative residual; no LU factors."""
         scaled, scaling, finite = equilibrate(matrix, b)
         value, condition = _householder(scaled, torch.stack((b * scaling, signs(b)), dim=2))
         regular = (condition < condition_limit(b, verify)) & value.isfinite().all(dim=1)
@@ -47,7 +47,7 @@ class QR(DenseSolver):
         finite &= value.isfinite().all(dim=1)
         status = torch.where(finite, status, int(Status.NONFINITE))
         value = torch.where(finite[:, None], value, 0.0)
-        return value, status, torch.where(finite, residual, torch.inf)
+        return value, status, torch.where(finite, residual, torch.inf), None
 
 
 def _householder(matrix: Tensor, both: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from .._norms import two
 from .._options import Options
 from .._solution import Status
+from ._inverse import Factors
 
 
 class LinearOperator(Protocol):
@@ -52,6 +53,8 @@ class LinearSolution:
         residual: `(B,)`, relative residual `‖b − A x‖ / ‖b‖` of the value (0 where b = 0, infinite where NONFINITE).
         steps: `(B,)`, iterations taken (0 for a direct solver).
         solved: whether every sample is CONVERGED, known to the host.
+        factors: those of the matrices that were factorised, where that was done by LU.
+        rows: which samples these are, by their indices; None for all.
     """
 
     value: Tensor
@@ -59,6 +62,8 @@ class LinearSolution:
     residual: Tensor
     steps: Tensor
     solved: bool
+    factors: Factors | None = None
+    rows: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .._adjoint import Implicit
+from .._adjoint import Adjoint
 from .._options import refuse_unknown
 from .._report import OnFailure
 from ..solvers import Method
@@ -122,7 +122,7 @@ class TanhEquilibrium(FixedPoint):
         features: int,
         *,
         solver: Method | None = None,
-        adjoint: Implicit | None = None,
+        adjoint: Adjoint | None = None,
         max_steps: int | None = None,
         on_failure: OnFailure = "warn",
         device: torch.device | str | None = None,

@@ -6,7 +6,7 @@ from typing import ClassVar, Never
 import torch
 from torch import Tensor, nn
 
-from .._adjoint import Implicit
+from .._adjoint import Adjoint
 from .._api import fixed_point, root
 from .._options import refuse_unknown
 from .._report import OnFailure, check_on_failure
@@ -27,7 +27,7 @@ class _Implicit(nn.Module):
         cell: Callable[..., PyTree],
         *,
         solver: Method | None = None,
-        adjoint: Implicit | None = None,
+        adjoint: Adjoint | None = None,
         batch_dims: int = 1,
         max_steps: int | None = None,
         on_failure: OnFailure = "warn",

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .._norms import two
 from .._problem import Evaluation, Problem
+from ..linear import Inverse, LowRank
 from ._anderson_history import LOOK, History
 from ._base import Solver, Step, hold
 
@@ -146,6 +147,14 @@ class Anderson(Solver[History]):
         plain = mine.value if self._undamped(problem) else self._plain(problem, state.take(new), mine)
         self._remember(state, mine.residual, plain, norm)
         return Step(new, found, state)
+
+    def inverse(self, state: History) -> Inverse | None:
+        """`mixing·I − Wᵀ Q`, which makes the accelerated step of the residual."""
+        if state.awake is not None or not state.filled:
+            return None
+        known, n = state.known[0], state.plain.shape[1]
+        scale = torch.full_like(state.norm, self.mixing)
+        return LowRank(scale, -known[:, :, n:], known[:, :, :n])
 
     @staticmethod
     def _take_back(

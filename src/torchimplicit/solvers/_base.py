@@ -12,6 +12,7 @@ from torch import Tensor
 from .._norms import NORMS, Norm
 from .._options import Options
 from .._problem import Evaluation, Problem
+from ..linear import Inverse
 
 State = TypeVar("State")
 
@@ -132,6 +133,10 @@ class Solver(Method, Generic[State]):
     ) -> Step[State]:
         """Up to `count` steps, between which nobody looks; a solver that gains nothing by that takes one."""
         return self.step(problem, z, evaluation, state, active)
+
+    def inverse(self, state: State) -> Inverse | None:
+        """What the solver knows of `A⁻¹` where it is; None where it knows nothing, or not of every sample."""
+        return None
 
     def select(self, state: State, samples: Tensor) -> State:
         """The state of some samples alone, by their indices.

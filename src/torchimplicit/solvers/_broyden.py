@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .._norms import two
 from .._problem import Evaluation, Problem
+from ..linear import Inverse, LowRank
 from ._base import Solver, Step, hold
 
 _LARGEST, _SMALLEST = 1e3, 1e-3
@@ -116,6 +117,20 @@ class Broyden(Solver[_Memory]):
         self._remember(state, new - z, residual - found.residual)
         state.norm = norm
         return Step(new, found, state)
+
+    def inverse(self, state: _Memory) -> Inverse:
+        """H in the compact form: `σ I` and one product of two low-rank factors."""
+        n = state.pairs.shape[2] // 2
+        s, y, sigma = state.pairs[:, :, :n], state.pairs[:, :, n:], state.scale[:, None, None]
+        used = state.gram.diagonal(dim1=1, dim2=2) != 0
+        if self.update == "good":
+            small, right = sigma * state.cross - state.gram.tril(-1), sigma * s
+        else:
+            small, right = state.gram.triu(), y
+        small = small + torch.diag_embed((~used).to(small.dtype))
+        right, _ = torch.linalg.solve_ex(small, right * used[:, :, None])
+        right = torch.where(right.isfinite().flatten(1).all(dim=1)[:, None, None], right, 0.0)
+        return LowRank(state.scale, s - sigma * y, right.contiguous())
 
     def _direction(self, state: _Memory, residual: Tensor) -> Tensor:
         """`H r`."""

@@ -9,6 +9,7 @@ from torch import Tensor
 from .._norms import two
 from .._problem import Evaluation, Problem
 from .._solution import Status
+from ..linear import Factors, Inverse
 from ._base import Solver, Step
 from ._line_search import Search
 
@@ -64,6 +65,11 @@ class Chord(Solver[_Factors]):
         stale = torch.ones(batch, dtype=torch.bool, device=z.device)
         pivots = torch.ones(batch, n, dtype=torch.int32, device=z.device)
         return _Factors(z.new_zeros(batch, n, n), pivots, stale, stale.clone(), two(evaluation.residual))
+
+    def inverse(self, state: _Factors) -> Inverse:
+        """The kept factors."""
+        scaling = torch.ones_like(state.factors[:, :, 0])
+        return Factors(state.factors, state.pivots, scaling, state.regular)
 
     def step(
         self, problem: Problem, z: Tensor, evaluation: Evaluation, state: _Factors, active: Tensor | None

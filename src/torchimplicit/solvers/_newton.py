@@ -10,7 +10,7 @@ from torch import Tensor
 from .._norms import two
 from .._problem import Evaluation, Problem
 from .._solution import Status
-from ..linear import GMRES, LU, LinearSolver
+from ..linear import GMRES, LU, Factors, Inverse, LinearSolver
 from ._base import Solver, Step, hold
 from ._line_search import Search
 
@@ -29,6 +29,7 @@ class _Progress:
         pause: length of the next wait.
         nobody: zeros.
         warmup: plain steps that every sample takes first.
+        factors: of each sample's latest matrix, where they are kept.
     """
 
     norm: Tensor
@@ -37,6 +38,7 @@ class _Progress:
     pause: Tensor
     nobody: Tensor
     warmup: int
+    factors: Factors | None = None
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,9 @@ class _NewtonSteps(Solver[_Progress]):
         residual = hold(trying, evaluation.residual, torch.zeros_like(z)) if rests else evaluation.residual
         eta = self._tolerance(evaluation, state)
         solved = self._linear().solve(operator, residual, eta, verify=False)
+        if problem.keeps_inverse and solved.factors is not None:
+            before = state.factors or Factors.none(z)
+            state = replace(state, factors=before.update(solved.rows, solved.factors))
         singular = None if solved.solved else trying & (solved.status >= int(Status.DIVERGED))
         moving = trying if singular is None else trying & ~singular
         search = Search(problem, z, evaluation, state.norm, solved.value, moving, waiting, rests)
@@ -118,6 +123,10 @@ class _NewtonSteps(Solver[_Progress]):
             if singular is not None:
                 failure = torch.where(singular, int(Status.SINGULAR), failure)
         return Step(search.z, search.found, self._after(search, state, waiting), failure, look=True)
+
+    def inverse(self, state: _Progress) -> Inverse | None:
+        """The LU factors of each sample's last Newton step, where they were kept."""
+        return state.factors
 
     def _tolerance(self, evaluation: Evaluation, state: _Progress) -> Tensor:
         """Of the linear solves, `(B,)`: the forcing term, but no more than convergence asks (Kelley 1995, 6.20)."""
@@ -138,7 +147,7 @@ class _NewtonSteps(Solver[_Progress]):
             # A Newton step that was good makes the next wait short again.
             short = torch.where(waiting, pause, state.nobody + 1)
             pause = torch.where(search.refused, (2 * pause).clamp_max(_LONGEST_WAIT), short)
-        return _Progress(search.norm, eta, wait, pause, state.nobody, 0)
+        return _Progress(search.norm, eta, wait, pause, state.nobody, 0, state.factors)
 
 
 @dataclass(frozen=True)
