@@ -38,6 +38,14 @@ def fixed_point(
     Gradients are exact (implicit function theorem) with respect to everything that fn reads: `args`, closures and
     module parameters; the gradient with respect to `z0` is exactly zero. Memory does not depend on the steps.
 
+    fn may draw random numbers (dropout) and change the buffers of modules in training mode (batch norm): every
+    evaluation of a solve, its backward pass included, draws what the first one drew and finds the buffers as they were.
+    Afterwards torch's generators (the CPU's and that of z0's device) are as one evaluation leaves them, the buffers as
+    one at the solution makes them, for which fn is called once more. The modules are looked for in fn: itself, a
+    method's object, a `partial`, a closure and its defaults, globals, `args`; the items of lists, tuples and dicts of
+    fewer than 100 there. Samples then stay in the batch to the end. What fn does not draw or change in the first
+    evaluation, other generators, and state that is no buffer are not held.
+
     Args:
         fn: the map; returns the structure, shapes and dtypes of `z0`. Called under `no_grad` by the solver, and once
             at the solution with gradients.

@@ -83,10 +83,10 @@ class Equation:
         argument = problem.layout.unpack(z)
         if self.tape is None:
             user = problem.fn.fn if isinstance(problem.fn, Gradient) else problem.fn
-            out = substituted(lambda: problem.under_autocast(user, argument), self.reads, list(tensors))
+            out = substituted(lambda: problem.under_autocast(problem.held(user), argument), self.reads, list(tensors))
         else:
             own = tensors if self.places is None else [tensors[i] for i in self.places]
-            out = self.tape.replay(argument, own)
+            out = problem.held(self.tape.replay)(argument, own)
         return problem.packed(out)
 
     def solve(self, system: System, z0: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:

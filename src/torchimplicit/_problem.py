@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from ._layout import Layout
 from ._objective import Gradient
+from ._purity import Purity
 from ._tape import Tape
 from .linear import AutogradJacobian, ResidualJacobian, SuppliedJacobian
 
@@ -86,11 +87,12 @@ class Problem:
     `r = fn(z) − z` for a fixed point and `r = −fn(z)` for a root (of a gradient, in the other two kinds), so that
     `z + r` is the plain (Picard or Richardson) step in both cases, and with `A = −∂r/∂z` Newton's step is `A⁻¹ r`.
 
-    fn runs under the autocast of the call; everything else runs without (see `exact`).
+    fn runs under the autocast of the call; everything else runs without (see `exact`). For the length of a solve it is
+    a function, whatever it draws at random or changes in its buffers (see `_purity`).
 
     Attributes:
         epsilon: rounding unit of fn's values; larger than the state's own under autocast.
-        has_closed_form: whether fn supplies its Jacobian itself.
+        has_closed_form: whether fn supplies its Jacobian itself; False once it was seen to draw or change anything.
         keeps_inverse: whether the solver is asked what it knows of `A⁻¹` when it is done.
     """
 
@@ -111,6 +113,7 @@ class Problem:
             with torch.inference_mode(False):
                 self.args = pytree.tree_map(_usable, args)
         self.epsilon = torch.finfo(layout.dtype).eps
+        self._purity = Purity(layout.device, fn, args)
         declared = getattr(fn, "samplewise", None)
         self._samplewise = bool(declared) and self._indexed_by_sample()
         self._split = self._samplewise or (declared is None and bool(layout.batch_shape) and self._carries_the_batch())
@@ -154,7 +157,7 @@ class Problem:
         layout = self.layout
         argument = z if self._same else layout.unpack(z)
         version = None if z.is_inference() else z._version
-        out = self.under_autocast(self.fn, argument)
+        out = self.under_autocast(self.held(self.fn), argument)
         if version is not None and z._version != version:
             raise ValueError(f"{self.kind}: fn changes its argument z in place; use out-of-place operations on z.")
         if self._same and type(out) is Tensor and out.shape == self._shape and out.dtype == layout.dtype:
@@ -176,7 +179,7 @@ class Problem:
         user, tapes = holder.fn, []
 
         def recording(argument: Any, *args: Any) -> Any:
-            tape, out = Tape.record(user, argument, args)
+            tape, out = Tape.record(self.held(user), argument, args)
             tapes.append(tape)
             return out
 
@@ -198,6 +201,26 @@ class Problem:
         if isinstance(self.fn, Gradient):
             return self.fn.rows_of(out) if self.fn.squares else self.fn.objective_of(out)
         return self.layout.pack(self.layout.check_output(out, self.kind))
+
+    def held(self, user: Callable[..., Any]) -> Callable[..., Any]:
+        """A function that calls the user's, made to do so under the conditions of the first evaluation of the solve."""
+        if self._purity.known:
+            return user
+
+        def call(*args: Any) -> Any:
+            out = self._purity.run(user, *args)
+            if not self._purity.known:
+                # Masks have the shape of the whole batch, and closed forms know nothing of them.
+                self._split = self._repeats = self.has_closed_form = False
+            return out
+
+        return call
+
+    def conclude(self, z: Tensor) -> None:
+        """Leave the buffers that fn changes as one evaluation at the solution, `(B, n)`, makes them."""
+        if self._purity.keeps_state:
+            self.output(z)
+            self._purity.leave()
 
     def evaluate(self, z: Tensor) -> Evaluation:
         """Value and residual at a state `(B, n)`, and the objective where there is one."""
@@ -316,7 +339,7 @@ class Problem:
 
         def residuals(z: Tensor) -> Tensor:
             self._counted[0] += 1
-            return gradient.rows(self.layout.unpack(z), *self.args)
+            return self.held(gradient.rows)(self.layout.unpack(z), *self.args)
 
         return AutogradJacobian.at(residuals, z, self.count)
 

@@ -96,7 +96,7 @@ class _Solve(torch.autograd.Function):
     def vmap(info: Any, in_dims: Any, system: System, z0: Tensor, *tensors: Tensor) -> Any:
         size = info.batch_size
         mapped, dims = _fronted(tensors, in_dims[2:])
-        out = solve(system.mapped(size, dims), _rows(z0, in_dims[1], size), mapped)
+        out = solve(system.mapped(size, dims, _randomness(info)), _rows(z0, in_dims[1], size), mapped)
         split = tuple(t.reshape(size, t.shape[0] // size, *t.shape[1:]) for t in out)
         return split, (0,) * len(split)
 
@@ -122,7 +122,7 @@ class _LinearSolve(torch.autograd.Function):
         s = solve_linear(ctx.system, not ctx.transposed, grads[0], z, status, tensors)
         left, right = (u, s) if ctx.transposed else (s, u)
         # d⟨s, u⟩ = −⟨left, dA right⟩, and A = −∂r/∂z.
-        places = [i for i, t in enumerate(tensors) if differentiable(t)]
+        places = [i for i, t in enumerate(tensors) if _wanted(t)]
 
         def product(z: Tensor, *some: Tensor) -> Tensor:
             full = _filled(tensors, places, some)
@@ -167,14 +167,16 @@ class _LinearSolve(torch.autograd.Function):
         size = info.batch_size
         mapped, dims = _fronted(tensors, in_dims[5:])
         v, z, status = (_rows(t, d, size) for t, d in zip((v, z, status), in_dims[2:5], strict=True))
-        out = solve_linear(system.mapped(size, dims), transposed, v, z, status, mapped)
+        # Copies of right-hand sides alone are all of one system.
+        randomness = "same" if in_dims[3] is None else _randomness(info)
+        out = solve_linear(system.mapped(size, dims, randomness), transposed, v, z, status, mapped)
         return out.reshape(size, out.shape[0] // size, out.shape[1]), 0
 
 
 def _of_some(
     residual: Callable[[Tensor, Sequence[Tensor]], Tensor], z: Tensor, tensors: Sequence[Tensor]
 ) -> tuple[list[int], Callable[..., Tensor]]:
-    places = [i for i, t in enumerate(tensors) if differentiable(t)]
+    places = [i for i, t in enumerate(tensors) if _wanted(t)]
     return places, _at_places(residual, z, tensors, places)
 
 
@@ -183,6 +185,16 @@ def _at_places(
 ) -> Callable[..., Tensor]:
     """The residual at z as a function of the tensors in some places."""
     return lambda *some: residual(z, _filled(tensors, places, some))
+
+
+def _randomness(info: Any) -> str:
+    """That of a vmap; one that allows none has seen by now that fn draws none, or draws the same for all."""
+    return "different" if info.randomness == "different" else "same"
+
+
+def _wanted(t: Tensor) -> bool:
+    """Whether a tensor may have a gradient: a buffer has none, and some operations refuse to hear of one."""
+    return differentiable(t) and (t.requires_grad or transformed())
 
 
 def _filled(tensors: Sequence[Tensor], places: list[int], some: Sequence[Tensor]) -> list[Tensor]:

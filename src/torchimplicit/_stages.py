@@ -63,7 +63,10 @@ def solve(
             z = z + stage.spread * _size(start) * _direction(z, turn)
         found = iterate(problem, stage, z, steps, keep_trace, tolerance, only=left, progress=progress)
         outcome = _merge(outcome, found, left)
-    return _without_escapes(problem, start, outcome) if others and problem.kind == "root" else outcome
+    if others and problem.kind == "root":
+        outcome = _without_escapes(problem, start, outcome)
+    problem.conclude(outcome.z)
+    return outcome
 
 
 def _without_escapes(problem: Problem, start: Tensor, outcome: Outcome) -> Outcome:

@@ -106,17 +106,18 @@ class System:
         value = self.value(z, tensors)
         return value - z if self.kind == "fixed_point" else -value
 
-    def mapped(self, size: int, dims: Sequence[int | None]) -> "System":
+    def mapped(self, size: int, dims: Sequence[int | None], randomness: str = "same") -> "System":
         """The system of `size` copies, `z` being `(size·B, n)`.
 
         Args:
             size: how many.
             dims: 0 for a tensor that has a dim of that size in front, None for one that the copies share.
+            randomness: whether random numbers that fn draws are the `"same"` for all copies, or `"different"`.
         """
 
         def call(z: Tensor, tensors: Sequence[Tensor]) -> Tensor:
             z = z.reshape(size, z.shape[0] // size, *z.shape[1:])
-            out = torch.func.vmap(self.call, in_dims=(0, list(dims)), randomness="different")(z, list(tensors))
+            out = torch.func.vmap(self.call, in_dims=(0, list(dims)), randomness=randomness)(z, list(tensors))
             return out.reshape(out.shape[0] * out.shape[1], *out.shape[2:])
 
         return replace(self, call=call, lanes=(size, *self.lanes))

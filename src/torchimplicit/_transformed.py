@@ -82,7 +82,7 @@ def _tape(problem: Problem, z: Tensor) -> Tape:
     recorded: list[Tape] = []
 
     def record(argument: Any, *args: Any) -> Any:
-        tape, out = Tape.record(user, argument, args)
+        tape, out = Tape.record(problem.held(user), argument, args)
         recorded.append(tape)
         return out
 

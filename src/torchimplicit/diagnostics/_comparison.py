@@ -61,7 +61,7 @@ class SolverResult:
         objective: of `minimize` and `least_squares`, its median over the samples; None of the others.
         failures: how many samples ended how, for those whose status is not `CONVERGED`.
         refuted: samples called converged whose residual, evaluated anew, is well above the tolerance and what the
-            solver said: fn is not the same function each time (dropout, say). They do not count as converged.
+            solver said: fn is not the same function each time (it has a state, say). They do not count as converged.
         elsewhere: samples that this solver and the first of the rows both solved, with solutions more than 10 % apart.
         value: the solutions, in the structure and shapes of z0; detached.
         status: int tensor over the batch shape, members of `Status`.

@@ -152,7 +152,7 @@ def _notes(comparison: Comparison, ran: list[SolverResult], complete: list[Solve
     if any(row.refuted for row in ran):
         notes.append(
             "refuted: called converged, but the residual evaluated anew is larger: does fn return the same value "
-            "each time (no dropout, no noise, no state)?"
+            "each time (no state of its own, no random numbers but torch's)?"
         )
     if any(row.elsewhere for row in ran):
         notes.append(

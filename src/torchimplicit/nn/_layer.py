@@ -106,6 +106,9 @@ class FixedPoint(_Implicit):
     do, which saves the check, and `False` forbids the split, for a compiled cell, say; a method `linearize` supplies
     its Jacobian in closed form (see `linear.JacobianOperator`).
 
+    A cell with dropout or batch norm in training mode is one function for the length of a solve, its masks drawn once
+    and its buffers changed once (see `fixed_point`).
+
     Args:
         cell: maps `(z, *inputs)` to the next z: an `nn.Module`, whose parameters are the layer's, or a function.
         solver: None is `Auto()`.
