@@ -18,8 +18,12 @@ from ._solution import Solution as Solution
 from ._solution import Status as Status
 from ._unroll import Unroll as Unroll
 from .diagnostics import Comparison as Comparison
+from .diagnostics import GradientCheck as GradientCheck
+from .diagnostics import GradientError as GradientError
 from .diagnostics import Monitor as Monitor
+from .diagnostics import check_gradients as check_gradients
 from .diagnostics import compare_solvers as compare_solvers
+from .diagnostics import gradient_error as gradient_error
 from .diagnostics import monitor as monitor
 from .linear import CG as CG
 from .linear import GMRES as GMRES
@@ -62,6 +66,8 @@ __all__ = [
     "ConvergenceWarning",
     "Dogleg",
     "GMRES",
+    "GradientCheck",
+    "GradientError",
     "Implicit",
     "Jacobi",
     "JacobianFree",
@@ -81,8 +87,10 @@ __all__ = [
     "Solution",
     "Status",
     "Unroll",
+    "check_gradients",
     "compare_solvers",
     "fixed_point",
+    "gradient_error",
     "least_squares",
     "minimize",
     "monitor",

@@ -1,9 +1,16 @@
-"""Looking into implicit layers while they run, and comparing solvers on one problem."""
+"""Looking into implicit layers while they run, comparing solvers on one problem, and measuring gradients."""
 
+from ._check_gradients import check_gradients as check_gradients
 from ._compare import compare_solvers as compare_solvers
 from ._comparison import Comparison as Comparison
 from ._comparison import SolverResult as SolverResult
 from ._comparison import Trace as Trace
+from ._gradient_check import DirectionCheck as DirectionCheck
+from ._gradient_check import GradientCheck as GradientCheck
+from ._gradient_error import Deviation as Deviation
+from ._gradient_error import GradientError as GradientError
+from ._gradient_error import Outcome as Outcome
+from ._gradient_error import gradient_error as gradient_error
 from ._monitor import Monitor as Monitor
 from ._monitor import Record as Record
 from ._monitor import monitor as monitor
