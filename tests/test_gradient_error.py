@@ -21,7 +21,7 @@ class OneStep(ti.Implicit):
 
     scale: float = 1.0
 
-    def solve(self, operator: ResidualJacobian, v: Tensor) -> LinearSolution:
+    def solve(self, operator: ResidualJacobian, v: Tensor, inverse: ti.linear.Inverse | None = None) -> LinearSolution:
         return replace(super().solve(operator, v), value=self.scale * v)
 
 
@@ -29,7 +29,7 @@ class OneStep(ti.Implicit):
 class Unable(ti.Implicit):
     """No sample's adjoint system is solved."""
 
-    def solve(self, operator: ResidualJacobian, v: Tensor) -> LinearSolution:
+    def solve(self, operator: ResidualJacobian, v: Tensor, inverse: ti.linear.Inverse | None = None) -> LinearSolution:
         status = torch.full_like(v[:, 0], int(ti.Status.STALLED), dtype=torch.long)
         return replace(super().solve(operator, v), value=torch.zeros_like(v), status=status, solved=False)
 

@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from ._adjoint import LinearAdjoint
 from ._books import Outcome
 from ._equation import Equation
-from ._isolate import Donors, evaluate_without, shield, start_of_graph
+from ._isolate import Donors, evaluate_without, inert, shield, start_of_graph
 from ._problem import Problem
 from ._report import OnFailure, report_failures
 from ._rules import gradients, solve_linear
@@ -64,7 +64,8 @@ class Backward:
         if self.tape.opaque:
             raise RuntimeError(
                 f"{self.problem.kind}: a derivative of the gradient needs every operation of fn to be visible, but "
-                "some tensors are made out of sight, by a custom autograd.Function say; write it in plain operations."
+                "some tensors are made out of sight, by torch.compile or a custom autograd.Function; write it in plain "
+                "operations."
             )
         return Equation(
             problem=self.problem,
@@ -127,20 +128,6 @@ class _Attach(torch.autograd.Function):
         return None, u if of.problem.kind == "fixed_point" else -u, None, *(None for _ in tensors)
 
 
-class _Inert(torch.autograd.Function):
-    """`z` unchanged, with an exactly zero gradient with respect to the other inputs."""
-
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, *inputs: Tensor) -> Tensor:
-        ctx.inputs = [(t.shape, t.dtype, t.device) for t in inputs]
-        return z.view_as(z)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        zeros = (torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.inputs)
-        return grads[0], *zeros
-
-
 def attach(
     problem: Problem,
     outcome: Outcome,
@@ -175,7 +162,7 @@ def attach(
             start = start_of_graph(z)
             output, tape = problem.recorded(start)
         if output is None or not _reads_more(problem, output, start):
-            return _inert(z, [*inputs, *starts])
+            return inert(z, [*inputs, *starts])
         shield(output, start, everywhere=False)
         record = AutogradJacobian(output, start, problem.count)
         operator = ResidualJacobian(record, shifted=problem.kind == "fixed_point")
@@ -197,11 +184,7 @@ def attach(
             inverse=outcome.inverse,
         )
         attached: Tensor = _Attach.apply(backward, output, z, *tape.inputs)  # pyright: ignore[reportAssignmentType]
-        return _inert(attached, starts)
-
-
-def _inert(z: Tensor, inputs: list[Tensor]) -> Tensor:
-    return _Inert.apply(z, *inputs) if inputs else z  # pyright: ignore[reportReturnType]
+        return inert(attached, starts)
 
 
 def _reads_more(problem: Problem, output: Tensor, start: Tensor) -> bool:

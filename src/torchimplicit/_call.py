@@ -1,13 +1,15 @@
 """One call, whatever it solves: read and check the arguments, solve, attach the gradient, make the `Solution`."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch._compile import _disable_dynamo
 from torch.utils import _pytree as pytree
 
-from ._adjoint import Adjoint, Implicit, JacobianFree, LinearAdjoint
+from ._adjoint import Adjoint, Implicit, LinearAdjoint
 from ._attach import attach
 from ._layout import Layout
 from ._objective import Gradient
@@ -21,7 +23,16 @@ from ._unroll import Unroll, unrolled
 from .solvers import Auto, Method
 
 
-def run(
+def run(*args: Any, **options: Any) -> Solution:
+    """Solve; the arguments are those of the public calls. `torch.compile` leaves the whole of it alone.
+
+    To be traced it is neither made nor worth it: what costs time in it are the user's function and matrix products,
+    and the loop depends on values. The function may be compiled by itself.
+    """
+    return (_run_uncompiled if "torch._dynamo" in sys.modules else _run)(*args, **options)
+
+
+def _run(
     kind: Kind,
     fn: Callable[..., PyTree],
     z0: PyTree,
@@ -35,7 +46,7 @@ def run(
     trace: bool,
     verbose: bool,
 ) -> Solution:
-    """Solve; the arguments are those of the public calls."""
+    """Solve."""
     solver = Auto() if solver is None else solver
     adjoint = Implicit() if adjoint is None else adjoint
     _check_call(fn, solver, adjoint, max_steps, on_failure)
@@ -48,7 +59,7 @@ def run(
         start = layout.pack([leaf.detach() for leaf in leaves]).clone()  # nothing may write into the caller's z0
         transformed = needs_rules(problem, start)
     unroll = adjoint if isinstance(adjoint, Unroll) else None
-    implicit = adjoint if isinstance(adjoint, LinearAdjoint) else JacobianFree()
+    implicit = adjoint if isinstance(adjoint, LinearAdjoint) else Implicit()
     if transformed:
         solution = run_transformed(problem, start, solver, implicit, max_steps, on_failure, trace)
         if unroll is None:
@@ -83,6 +94,9 @@ def run(
     if not outcome.clean and not bool(converged.all()):
         report_failures(kind, outcome.status, on_failure, solution)
     return solution
+
+
+_run_uncompiled = _disable_dynamo(_run)
 
 
 def _check_call(fn: Any, solver: Any, adjoint: Any, max_steps: Any, on_failure: Any) -> None:

@@ -19,7 +19,7 @@ from ._report import OnFailure, report_failures
 from ._solution import AdjointReport, Status
 from ._stages import solve
 from ._system import System
-from ._tape import Tape
+from ._tape import Tape, run_eagerly
 from .linear import AutogradJacobian, Inverse, ResidualJacobian
 from .solvers import Method
 
@@ -83,7 +83,10 @@ class Equation:
         argument = problem.layout.unpack(z)
         if self.tape is None:
             user = problem.fn.fn if isinstance(problem.fn, Gradient) else problem.fn
-            out = substituted(lambda: problem.under_autocast(problem.held(user), argument), self.reads, list(tensors))
+            with run_eagerly():
+                out = substituted(
+                    lambda: problem.under_autocast(problem.held(user), argument), self.reads, list(tensors)
+                )
         else:
             own = tensors if self.places is None else [tensors[i] for i in self.places]
             out = problem.held(self.tape.replay)(argument, own)

@@ -33,6 +33,25 @@ def start_of_graph(z: Tensor) -> Tensor:
     return _Start.apply(torch.empty(0, requires_grad=True), z)  # pyright: ignore[reportReturnType]
 
 
+class _Inert(torch.autograd.Function):
+    """`z` unchanged, with an exactly zero gradient with respect to the other inputs."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, *inputs: Tensor) -> Tensor:
+        ctx.inputs = [(t.shape, t.dtype, t.device) for t in inputs]
+        return z.view_as(z)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        zeros = (torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.inputs)
+        return grads[0], *zeros
+
+
+def inert(z: Tensor, inputs: list[Tensor]) -> Tensor:
+    """`z` unchanged, with an exactly zero gradient with respect to the inputs."""
+    return _Inert.apply(z, *inputs) if inputs else z  # pyright: ignore[reportReturnType]
+
+
 @dataclass(frozen=True)
 class Donors:
     """Healthy samples whose rows stand in the places of failed ones'.

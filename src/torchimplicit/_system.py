@@ -19,6 +19,15 @@ def transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def forward_levels() -> int:
+    """How many levels of forward mode are at work."""
+    from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
+
+    levels = sum(str(i.key()).endswith("Jvp") for i in retrieve_all_functorch_interpreters())
+    # torch.func.jvp opens a level of torch.autograd.forward_ad too.
+    return levels + (forward_ad._current_level >= 0 and not levels)
+
+
 def batched(t: Tensor) -> bool:
     """Whether a tensor carries dims that only a `vmap` sees: torch.func's, or that of `is_grads_batched`."""
     functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,5 +1,6 @@
 """What a function does with tensors, as a list of operations that can be done again with others in their places."""
 
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -56,12 +57,21 @@ class Tape:
 
     @staticmethod
     def record(fn: Callable[..., Any], argument: Any, args: tuple[Any, ...]) -> "tuple[Tape, Any]":
-        """Call `fn(argument, *args)`; its tape, and what it returned."""
+        """Call `fn(argument, *args)`; its tape, and what it returned.
+
+        Where `torch.compile` is in use fn is called once more before: one whose graph it has compiled is left unseen.
+        """
         tape = Tape()
         given = pytree.tree_leaves(argument)
-        mode = _Recording(tape, min((t.grad_fn._sequence_nr() for t in given if t.grad_fn is not None), default=None))
+        first = min((t.grad_fn._sequence_nr() for t in given if t.grad_fn is not None), default=None)
+        if first is not None and "torch._dynamo" in sys.modules:
+            out = fn(argument, *args)
+            if _compiled(pytree.tree_leaves(out), first):
+                tape.opaque = True
+                return tape, out
+        mode = _Recording(tape, first)
         tape._given = [mode.made(t) for t in given]
-        with mode:
+        with run_eagerly(), mode:
             out = fn(argument, *args)
         leaves, spec = pytree.tree_flatten(out)
         tape._outputs = [(i, mode.read(t)) for i, t in enumerate(leaves) if isinstance(t, Tensor)]
@@ -151,6 +161,28 @@ class _Recording(TorchFunctionMode):
     def _autocast(self) -> tuple[str, torch.dtype]:
         device = self._kept[0].device.type
         return device, torch.get_autocast_dtype(device)
+
+
+def run_eagerly() -> AbstractContextManager[Any]:
+    """The context in which functions that `torch.compile` made run as they were written."""
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
+
+
+def _compiled(outputs: list[Any], first: int) -> bool:
+    """Whether the graph of some outputs, back to the node numbered `first`, holds a compiled function's."""
+    pending = [t.grad_fn for t in outputs if isinstance(t, Tensor)]
+    seen = set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen or node._sequence_nr() < first:
+            continue
+        if node.name().startswith("CompiledFunction"):
+            return True
+        seen.add(node)
+        pending.extend(following for following, _ in node.next_functions)
+    return False
 
 
 def _context(step: _Operation) -> AbstractContextManager[Any]:

@@ -13,8 +13,8 @@ from ._problem import Problem
 from ._report import OnFailure, call_site
 from ._rules import solve
 from ._solution import AdjointReport, Solution, Status
-from ._system import transformed
-from ._tape import Tape
+from ._system import forward_levels, transformed
+from ._tape import Tape, run_eagerly
 from .solvers import Method
 
 
@@ -86,7 +86,7 @@ def _tape(problem: Problem, z: Tensor) -> Tape:
         recorded.append(tape)
         return out
 
-    with torch.enable_grad():
+    with torch.enable_grad(), run_eagerly():
         problem.packed(problem.under_autocast(record, problem.layout.unpack(z.detach())))
     problem.count(1)
     return recorded[0]
@@ -98,11 +98,7 @@ def _is_dual(leaf: Any) -> bool:
 
 def _refuse_forward_over_forward(kind: str) -> None:
     """A custom Function's derivative in forward mode has none itself in torch: it would silently be zero."""
-    from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
-
-    names = [str(i.key()) for i in retrieve_all_functorch_interpreters()]
-    levels = sum(name.endswith("Jvp") for name in names) + (forward_ad._current_level >= 0 and "Jvp" not in str(names))
-    if levels > 1:
+    if forward_levels() > 1:
         raise RuntimeError(
             f"{kind}: forward mode over forward mode (jvp of jvp, jacfwd of jacfwd) is not supported by torch for "
             "custom derivatives; take one of the two in reverse mode: jacfwd(jacrev(f)), torch.func.hessian, or jvp "

@@ -8,10 +8,10 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from ._adjoint import Adjoint
-from ._isolate import shield, start_of_graph
+from ._isolate import evaluate_without, inert
 from ._problem import Problem
 from ._solution import Status
-from ._system import transformed
+from ._system import forward_levels, transformed
 from .solvers import Method, Picard
 
 
@@ -62,8 +62,12 @@ def unrolled(
         steps: of each sample, `(B,)`.
 
     Raises:
-        RuntimeError: the number of steps is not known, inside `vmap`.
+        RuntimeError: the number of steps is not known, inside `vmap`; or forward mode asks for a path cut short.
     """
+    if adjoint.steps is not None and forward_levels():
+        raise RuntimeError(
+            "adjoint=Unroll(steps=k) cuts derivatives off, which forward mode cannot; use torchimplicit.Implicit()."
+        )
     damping = method.damping if isinstance(method, Picard) else 1.0
     if adjoint.steps is None:
         try:
@@ -75,18 +79,21 @@ def unrolled(
         state = start.detach()
     else:
         count, state = adjoint.steps, z.detach()
-    plain = not transformed() and forward_ad._current_level < 0
+    dead = status >= int(Status.DIVERGED)
+    step = problem.output
+    inputs: list[Tensor] = []
     with torch.enable_grad():
-        begin = state = start_of_graph(state) if plain else state
+        if not transformed() and forward_ad._current_level < 0 and bool(dead.any()):
+            # What is NaN or infinite would be so in the gradients of all: healthy samples stand in for the failed ones.
+            output, _, inputs, tape, donors = evaluate_without(problem, z, dead)
+            if output is None or donors is None:
+                return inert(z, inputs)
+            state, tensors = donors.replace(state, tape.inputs)
+            step = lambda state: problem.packed(tape.replay(problem.layout.unpack(state), tensors))  # noqa: E731
         for k in range(count):
-            value = (
-                checkpoint(problem.output, state, use_reentrant=False) if adjoint.checkpoint else problem.output(state)
-            )
+            value = checkpoint(step, state, use_reentrant=False) if adjoint.checkpoint else step(state)
             residual = value - state if problem.kind == "fixed_point" else -value  # pyright: ignore[reportOperatorIssue, reportOptionalOperand]
             new = value if damping == 1.0 and problem.kind == "fixed_point" else state + damping * residual
             state = new if adjoint.steps is not None else torch.where((k < steps)[:, None], new, state)
         # Where the iteration failed there is no gradient, and the value is the best that it found.
-        dead = status >= int(Status.DIVERGED)
-        if plain and bool(dead.any()):
-            shield(state, begin, everywhere=True)
         return torch.where(dead[:, None], z, state)
