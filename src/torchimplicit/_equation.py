@@ -11,7 +11,7 @@ from torch import Tensor
 from ._adjoint import LinearAdjoint
 from ._books import Outcome
 from ._closure import substituted
-from ._isolate import Donors
+from ._isolate import Donors, choices, same
 from ._layout import Layout
 from ._objective import Gradient
 from ._problem import Problem
@@ -53,6 +53,8 @@ class Equation:
         places: where among the system's tensors the tape's inputs are; None where these are the same.
         inverse: what the solver knew of `A⁻¹`.
         donors: stand in for failed samples.
+        rows: which of the tensors are indexed by sample, where donors are among them.
+        failed: whether any sample, of any lane, has no gradient.
         keep_trace: whether to keep the residuals of every step.
         traces: these.
     """
@@ -68,6 +70,8 @@ class Equation:
     reads: list[Tensor]
     places: list[int] | None = None
     donors: Donors | None = None
+    rows: tuple[int, ...] = ()
+    failed: bool = False
     inverse: Inverse | None = None
     keep_trace: bool = False
     traces: list[Tensor] = field(default_factory=list)
@@ -78,7 +82,10 @@ class Equation:
 
     def _call(self, z: Tensor, tensors: Sequence[Tensor]) -> Tensor:
         problem = self.problem
-        if self.donors is not None:
+        if len(tensors) > len(self.reads):
+            *tensors, index = tensors
+            z, tensors = Donors(index, problem.layout.batch_shape, self.rows).replace(z, tensors)
+        elif self.donors is not None:
             z, tensors = self.donors.replace(z, tensors)
         argument = problem.layout.unpack(z)
         if self.tape is None:
@@ -93,7 +100,7 @@ class Equation:
         return problem.packed(out)
 
     def solve(self, system: System, z0: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """`z*`, and of each sample the status, the residual and the steps."""
+        """`z*`, and of each sample the status, the residual, the steps, and who stands in for it where it failed."""
         if self.method is None:
             raise AssertionError("the solution of this equation is known")
         problem = self._plain(system, z0, tensors)
@@ -104,7 +111,44 @@ class Equation:
         self.problem.count(problem.evaluations)
         self._tell(system, outcome)
         self.inverse = outcome.inverse if not system.lanes else None
-        return outcome.z, outcome.status, outcome.residual, outcome.steps
+        donors = self._find_donors(system, outcome, tensors)
+        return outcome.z, outcome.status, outcome.residual, outcome.steps, donors
+
+    def isolated(self, tensors: Sequence[Tensor], donors: Tensor) -> list[Tensor]:
+        """The tensors, and the donors where samples failed."""
+        return [*tensors, donors] if self.failed else list(tensors)
+
+    def _find_donors(self, system: System, outcome: Outcome, tensors: Sequence[Tensor]) -> Tensor:
+        """For each sample one of its lane that stands in for it in the derivatives: itself unless it failed, `(B,)`.
+
+        Raises:
+            RuntimeError: failed samples cannot be told from the others.
+        """
+        batch = self.problem.layout.matrix_shape[0]
+        own = torch.arange(batch, device=outcome.z.device).expand(*system.lanes, batch)
+        dead = self.adjoint.without_gradient(outcome.status).reshape(own.shape)
+        if not bool(dead.any()):
+            return own.reshape(-1)
+        self.failed = True
+        first = dead.logical_not().long().argmax(dim=-1, keepdim=True)
+        index = torch.where(dead, first, own)
+        healthy = ~dead.reshape(-1)
+        wide = system.widened()
+        with torch.no_grad(), self.problem.exact():
+            value = wide.call(outcome.z, [*tensors, own])
+            for chosen in choices(self.problem, self.reads):
+                self.rows = tuple(i for i, t in enumerate(self.reads) if any(t is c for c in chosen))
+                try:
+                    output = wide.call(outcome.z, [*tensors, index])
+                except (RuntimeError, ValueError, TypeError, IndexError):
+                    continue
+                if not bool(healthy.any()) or same(output, value, healthy, ~dead.all(dim=-1, keepdim=True) | ~dead):
+                    return index.reshape(-1)
+        raise RuntimeError(
+            f"{self.problem.kind}: samples failed ({int((~healthy).sum())}), and what fn reads of them cannot be told "
+            "from what it reads of the others, which their derivatives would spoil; give what is indexed by sample as "
+            "args, with the batch in front."
+        )
 
     def _inverse(self, system: System) -> Inverse | None:
         """What was known of the inverse, for a system whose lanes are copies."""

@@ -71,7 +71,9 @@ class Donors:
         full = list(tensors)
         for i in self.places:
             full[i] = _take(full[i], self.index, self.batch)
-        return z.index_select(0, self.index), full
+        # A donor's Jacobian must not count twice: what stands in for others is a constant.
+        donated = self.index != torch.arange(len(z), device=z.device)
+        return torch.where(donated[:, None], z.detach().index_select(0, self.index), z), full
 
 
 def evaluate_without(
@@ -105,19 +107,19 @@ def evaluate_without(
     value = reference.detach()
     # The replaced states start the graph, not the originals: a donor's Jacobian must not count twice.
     start = start_of_graph(z.index_select(0, index))
-    for chosen in _choices(problem, read):
+    for chosen in choices(problem, read):
         replaced = [_take(t, index, problem.layout.batch_shape) for t in chosen]
         try:
             output = substituted(lambda: problem.output(start), chosen, replaced)
         except (RuntimeError, ValueError, TypeError, IndexError):
             continue
-        if _same(output.detach(), value, healthy):
+        if same(output.detach(), value, healthy):
             places = tuple(i for i, t in enumerate(read) if any(t is c for c in chosen))
             return output, start, wanted, tape, Donors(index, problem.layout.batch_shape, places)
     return None, start, wanted, tape, None
 
 
-def _choices(problem: Problem, read: list[Tensor]) -> Iterator[list[Tensor]]:
+def choices(problem: Problem, read: list[Tensor]) -> Iterator[list[Tensor]]:
     """Sets of tensors that may be indexed by sample, the likeliest first.
 
     Every tensor with the batch shape in front may be; a parameter only where nothing else will do.
@@ -140,8 +142,10 @@ def _take(tensor: Tensor, index: Tensor, batch: torch.Size) -> Tensor:
     return rows.index_select(0, index.to(tensor.device)).reshape(tensor.shape)
 
 
-def _same(output: Tensor, value: Tensor, healthy: Tensor) -> bool:
-    if not bool(output.isfinite().all()):
+def same(output: Tensor, value: Tensor, healthy: Tensor, replaced: Tensor | None = None) -> bool:
+    """Whether the healthy samples' values are as they were, and all finite: or those that could be `replaced`."""
+    finite = output.isfinite().flatten(1).all(dim=1) if output.ndim > 1 else output.isfinite()
+    if not bool((finite if replaced is None else finite | ~replaced.reshape(-1)).all()):
         return False
     scale = value[healthy].abs().amax()
     error = (output - value)[healthy].abs().amax()

@@ -18,7 +18,11 @@ class Settings(Protocol):
     """What a system is solved with; all tensors are plain ones, of no transform."""
 
     def solve(self, system: System, z0: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """`z*`, and of each sample the status, the residual and the steps."""
+        """`z*`, and of each sample the status, the residual, the steps, and who stands in for it where it failed."""
+        ...
+
+    def isolated(self, tensors: Sequence[Tensor], donors: Tensor) -> list[Tensor]:
+        """The tensors that a system needs: with the donors among them where samples failed."""
         ...
 
     def solve_linear(
@@ -33,7 +37,7 @@ class Settings(Protocol):
 
 
 def solve(system: System, z0: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """`z*`, `(B, n)`, differentiable in the tensors; of each sample the status, the residual and the steps."""
+    """`z*`, `(B, n)`, differentiable in the tensors; of each sample the status, the residual, the steps, the donor."""
     return _Solve.apply(system, z0, *tensors)  # pyright: ignore[reportReturnType]
 
 
@@ -72,25 +76,33 @@ class _Solve(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         system, z0, *tensors = inputs
         ctx.system, ctx.z0 = system, (z0.shape, z0.dtype, z0.device)
+        z, status, _, _, donors = output
         ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(*output[:2], *tensors)
-        ctx.save_for_forward(*output[:2], *tensors)
+        ctx.save_for_backward(z, status, donors, *tensors)
+        ctx.save_for_forward(z, status, donors, *tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        z, status, *tensors = ctx.saved_tensors
-        return None, torch.zeros_like(z), *gradients(ctx.system, grads[0], z, status, tensors)
+        z, status, donors, *tensors = ctx.saved_tensors
+        wide = ctx.system.settings.isolated(tensors, donors)
+        found = gradients(ctx.system, grads[0], z, status, wide)[: len(tensors)]
+        if ctx.system.settings.failed:
+            # Where every sample of a lane failed there is nobody to stand in.
+            alive = ctx.system.settings.adjoint.without_gradient(status).logical_not().any()
+            found = [None if g is None else torch.where(alive, g, 0.0) for g in found]
+        return None, torch.zeros_like(z), *found
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         ctx.system.settings.require_exact()
-        z, status, *tensors = ctx.saved_tensors
+        z, status, donors, *tensors = ctx.saved_tensors
         places = [i for i, t in enumerate(tangents[2:]) if t is not None and differentiable(tensors[i])]
         if not places:
-            return torch.zeros_like(z), None, None, None
+            return torch.zeros_like(z), None, None, None, None
+        tensors = ctx.system.settings.isolated(tensors, donors)
         fn = _at_places(ctx.system.residual, z, tensors, places)
         right = push(fn, [tensors[i] for i in places], [tangents[2 + i] for i in places], z)
-        return solve_linear(ctx.system, False, right, z, status, tensors), None, None, None
+        return solve_linear(ctx.system, False, right, z, status, tensors), None, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, system: System, z0: Tensor, *tensors: Tensor) -> Any:

@@ -88,15 +88,29 @@ class System:
 
     Attributes:
         kind: what fn's value means.
-        call: fn.
+        base: fn of one lane.
         settings: how to solve it, and whom to tell; shared with the systems made of this one.
-        lanes: sizes of the dims that `vmap` has put in front of the batch, outermost first.
+        maps: what `vmap` has put in front of the batch, the innermost first: size, the tensors' dims, randomness.
     """
 
     kind: Kind
-    call: Call
+    base: Call
     settings: Any
-    lanes: tuple[int, ...] = field(default=())
+    maps: tuple[tuple[int, tuple[int | None, ...], str], ...] = field(default=())
+
+    @property
+    def lanes(self) -> tuple[int, ...]:
+        """Sizes of the mapped dims, the outermost first."""
+        return tuple(size for size, _, _ in reversed(self.maps))
+
+    def call(self, z: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+        """fn, for all lanes."""
+        if not self.maps:
+            return self.base(z, tensors)
+        inner, (size, dims, randomness) = replace(self, maps=self.maps[:-1]), self.maps[-1]
+        z = z.reshape(size, z.shape[0] // size, *z.shape[1:])
+        out = torch.func.vmap(inner.call, in_dims=(0, list(dims)), randomness=randomness)(z, list(tensors))
+        return out.reshape(out.shape[0] * out.shape[1], *out.shape[2:])
 
     def value(self, z: Tensor, tensors: Sequence[Tensor]) -> Tensor:
         """fn's value, or the gradient of its objective, `(B, n)`."""
@@ -123,10 +137,8 @@ class System:
             dims: 0 for a tensor that has a dim of that size in front, None for one that the copies share.
             randomness: whether random numbers that fn draws are the `"same"` for all copies, or `"different"`.
         """
+        return replace(self, maps=(*self.maps, (size, tuple(dims), randomness)))
 
-        def call(z: Tensor, tensors: Sequence[Tensor]) -> Tensor:
-            z = z.reshape(size, z.shape[0] // size, *z.shape[1:])
-            out = torch.func.vmap(self.call, in_dims=(0, list(dims)), randomness=randomness)(z, list(tensors))
-            return out.reshape(out.shape[0] * out.shape[1], *out.shape[2:])
-
-        return replace(self, call=call, lanes=(size, *self.lanes))
+    def widened(self) -> "System":
+        """The system whose tensors have one more, mapped in every lane."""
+        return replace(self, maps=tuple((size, (*dims, 0), randomness) for size, dims, randomness in self.maps))

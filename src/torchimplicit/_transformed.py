@@ -53,7 +53,7 @@ def run_transformed(
         reads=first.inputs,
         keep_trace=trace,
     )
-    z, status, residual, steps = solve(equation.system(), start, first.inputs)
+    z, status, residual, steps, _ = solve(equation.system(), start, first.inputs)
     final = _tape(problem, z)
     known = {id(t): i for i, t in enumerate(first.inputs)}
     if final.opaque or first.opaque or any(id(t) not in known for t in final.inputs):
