@@ -82,6 +82,7 @@ bench-solvers: $(VENV)/.bench ## run our solvers and the peers on the test probl
 	$(BIN)/python -m benchmarks.newton_krylov
 	$(BIN)/python -m benchmarks.brackets
 	$(BIN)/python -m benchmarks.default_solver
+	$(BIN)/python -m benchmarks.adjoint_cost
 
 bench-notebook: $(VENV)/.train ## measure memory and time against the notebook's own algorithms, one thread
 	$(BIN)/python -m benchmarks.memory

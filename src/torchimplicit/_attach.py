@@ -12,6 +12,7 @@ That is the first derivative. With `create_graph=True`, or for a batch of incomi
 its place, on the tape of that evaluation: the tensors that it read are inputs of the `Function` too.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,7 +87,8 @@ class Backward:
         before = self.problem.evaluations
         if self.dead is not None:
             v = torch.where(self.dead[:, None], 0.0, v)
-        with torch.autocast(v.device.type, enabled=False):
+        kind = v.device.type
+        with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
             found = self.adjoint.solve(self.operator.mT, v, self.inverse)
         status = found.status if self.dead is None else torch.where(self.dead, self.status, found.status)
         layout = self.problem.layout

@@ -179,7 +179,7 @@ class Problem:
         user, tapes = holder.fn, []
 
         def recording(argument: Any, *args: Any) -> Any:
-            tape, out = Tape.record(self.held(user), argument, args)
+            tape, out = Tape.record(self.held(user), argument, args, user)
             tapes.append(tape)
             return out
 

@@ -2,8 +2,9 @@
 
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 _NESTED = (list, tuple, dict)
+_PLAIN: WeakSet[Any] = WeakSet()
+"""Code and modules that were seen not to be compiled."""
 
 
 class _Operation(NamedTuple):
@@ -56,19 +59,28 @@ class Tape:
         self._out: tuple[list[Any], pytree.TreeSpec] = ([], pytree.tree_structure(None))
 
     @staticmethod
-    def record(fn: Callable[..., Any], argument: Any, args: tuple[Any, ...]) -> "tuple[Tape, Any]":
+    def record(fn: Callable[..., Any], argument: Any, args: tuple[Any, ...], user: Any = None) -> "tuple[Tape, Any]":
         """Call `fn(argument, *args)`; its tape, and what it returned.
 
         Where `torch.compile` is in use fn is called once more before: one whose graph it has compiled is left unseen.
+
+        Args:
+            fn: what to call.
+            argument: first argument, whose leaves may be replaced.
+            args: the other ones.
+            user: what fn is at heart, by which one that is not compiled is remembered.
         """
         tape = Tape()
         given = pytree.tree_leaves(argument)
         first = min((t.grad_fn._sequence_nr() for t in given if t.grad_fn is not None), default=None)
-        if first is not None and "torch._dynamo" in sys.modules:
+        key = getattr(user, "__code__", user)
+        if first is not None and "torch._dynamo" in sys.modules and not _remembered(key):
             out = fn(argument, *args)
             if _compiled(pytree.tree_leaves(out), first):
                 tape.opaque = True
                 return tape, out
+            with suppress(TypeError):  # not everything can be remembered
+                _PLAIN.add(key)
         mode = _Recording(tape, first)
         tape._given = [mode.made(t) for t in given]
         with run_eagerly(), mode:
@@ -168,6 +180,13 @@ def run_eagerly() -> AbstractContextManager[Any]:
     if "torch._dynamo" not in sys.modules:
         return nullcontext()
     return torch.compiler.set_stance("force_eager")
+
+
+def _remembered(key: Any) -> bool:
+    try:
+        return key in _PLAIN
+    except TypeError:
+        return False
 
 
 def _compiled(outputs: list[Any], first: int) -> bool:
