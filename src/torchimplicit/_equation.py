@@ -18,7 +18,7 @@ from ._problem import Problem
 from ._report import OnFailure, report_failures
 from ._solution import AdjointReport, Status
 from ._stages import solve
-from ._system import System
+from ._system import System, traced, untraced
 from ._tape import Tape, run_eagerly
 from .linear import AutogradJacobian, Inverse, ResidualJacobian
 from .solvers import Method
@@ -104,14 +104,15 @@ class Equation:
         if self.method is None:
             raise AssertionError("the solution of this equation is known")
         problem = self._plain(system, z0, tensors)
-        with torch.no_grad(), problem.exact():
+        with untraced(), torch.no_grad(), problem.exact():
             if self.adjoint.needs_inverse:
                 problem.keep_inverse()
             outcome = solve(problem, self.method, z0.detach().clone(), self.max_steps, self.keep_trace)
+            donors = self._find_donors(system, outcome, tensors)
         self.problem.count(problem.evaluations)
-        self._tell(system, outcome)
+        with untraced():
+            self._tell(system, outcome)
         self.inverse = outcome.inverse if not system.lanes else None
-        donors = self._find_donors(system, outcome, tensors)
         return outcome.z, outcome.status, outcome.residual, outcome.steps, donors
 
     def isolated(self, tensors: Sequence[Tensor], donors: Tensor) -> list[Tensor]:
@@ -187,6 +188,13 @@ class Equation:
         dead = self.adjoint.without_gradient(status)
         before = self.problem.evaluations
         tensors = [t.detach() for t in tensors]
+        if traced():
+            # By `torch.func.linearize`: nothing may be decided by the values of v.
+            record = AutogradJacobian.at(lambda z: system.value(z, tensors), z, self.problem.count)
+            matrix = ResidualJacobian(record, shifted=system.kind == "fixed_point", transposed=transposed).dense()
+            identity = torch.eye(v.shape[1], dtype=v.dtype, device=v.device)
+            inverse = torch.linalg.inv_ex(torch.where(dead[:, None, None], identity, matrix))[0]
+            return torch.where(dead[:, None], 0.0, torch.bmm(inverse, v[:, :, None])[:, :, 0])
         with torch.no_grad(), self.problem.exact():
             record = AutogradJacobian.at(lambda z: system.value(z, tensors), z, self.problem.count)
             operator = ResidualJacobian(record, shifted=system.kind == "fixed_point")

@@ -1,6 +1,8 @@
 """An implicit equation as a pure function of its unknowns and of every tensor it reads: what derivative rules need."""
 
+import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,6 +28,18 @@ def forward_levels() -> int:
     levels = sum(str(i.key()).endswith("Jvp") for i in retrieve_all_functorch_interpreters())
     # torch.func.jvp opens a level of torch.autograd.forward_ad too.
     return levels + (forward_ad._current_level >= 0 and not levels)
+
+
+def traced() -> bool:
+    """Whether operations are being written down by `make_fx`, as `torch.func.linearize` does."""
+    proxies = sys.modules.get("torch.fx.experimental.proxy_tensor")
+    return proxies is not None and proxies.get_proxy_mode() is not None
+
+
+def untraced() -> AbstractContextManager[Any]:
+    """The context in which nothing is written down: what is computed counts as constant."""
+    proxies = sys.modules.get("torch.fx.experimental.proxy_tensor")
+    return nullcontext() if proxies is None else proxies.disable_proxy_modes_tracing()
 
 
 def batched(t: Tensor) -> bool:
