@@ -219,6 +219,41 @@ def test_unroll_has_the_gradient_of_the_steps_that_were_taken_not_of_the_solutio
     torch.testing.assert_close(ours, torch.autograd.grad(z, problem.x, problem.v)[0])
 
 
+def test_warm_start_saves_products_and_changes_nothing_else() -> None:
+    problem = Linear(0.9)
+    memory = ti.WarmStart()
+    adjoint = ti.Implicit(warm_start=memory)
+    cold, first = problem.gradient(adjoint)
+    assert first.evaluations is not None
+    # Another scale of the loss is no other direction.
+    again, second = problem.gradient(adjoint, scale=1e-3)
+    assert second.evaluations is not None
+    assert second.evaluations <= 3
+    torch.testing.assert_close(again, 1e-3 * cold, rtol=1e-8, atol=1e-12)
+    problem.v = problem.v + 1e-4 * problem.v.flip(0)
+    problem.exact = torch.linalg.solve((torch.eye(N, dtype=DOUBLE) - problem.matrix).T, problem.v.T).T
+    near, third = problem.gradient(adjoint)
+    assert third.evaluations is not None
+    assert third.evaluations < 0.8 * first.evaluations
+    assert (problem.error(near) < 1e-9).all()
+    assert third.residual is not None
+    rest = problem.v - near + near @ problem.matrix
+    torch.testing.assert_close(third.residual, rest.norm(dim=1) / problem.v.norm(dim=1), rtol=1e-3, atol=1e-15)
+    memory.clear()
+    _, fourth = problem.gradient(adjoint)
+    assert fourth.evaluations == first.evaluations
+
+
+def test_warm_start_of_another_batch_or_of_a_failed_sample_is_none() -> None:
+    memory = ti.WarmStart()
+    adjoint = ti.Implicit(warm_start=memory)
+    Linear(0.5, n=5).gradient(adjoint)
+    problem = Linear(0.5, n=7)
+    assert (problem.error(problem.gradient(adjoint)[0]) < 1e-9).all()
+    memory.keep(torch.full((BATCH, 7), torch.nan, dtype=DOUBLE))
+    assert (problem.error(problem.gradient(adjoint)[0]) < 1e-9).all()
+
+
 def test_unroll_needs_plain_steps() -> None:
     with pytest.raises(ValueError, match=r"Picard\(\), or Unroll\(steps=k\)"):
         Linear(0.5).gradient(ti.Unroll(), ti.Anderson())
@@ -265,8 +300,8 @@ def test_a_poisoned_sample_contributes_exactly_zero_and_leaves_the_others_alone(
             adjoint=adjoint,
             on_failure="ignore",
         )
-        got = torch.autograd.grad(solution.value, (w, x), v[rows])
-        return *got, solution
+        of_w, of_x = torch.autograd.grad(solution.value, (w, x), v[rows])
+        return of_w, of_x, solution
 
     others = [0, 2, 3]
     of_w, of_x, solution = gradients(data.index_fill(0, torch.tensor([1]), torch.nan), [0, 1, 2, 3])
@@ -324,6 +359,7 @@ def test_unroll_under_transforms(transform: str) -> None:
         (lambda: ti.PhantomGradient(damping=0.0), "damping"),
         (lambda: ti.Shine(refine=-1), "refine"),
         (lambda: ti.Unroll(steps=0), "steps"),
+        (lambda: ti.Implicit(warm_start=True), "warm_start"),  # pyright: ignore[reportArgumentType]
         (lambda: ti.Implicit(reuse=1), "reuse"),  # pyright: ignore[reportArgumentType]
     ],
 )

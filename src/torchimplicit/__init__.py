@@ -7,6 +7,7 @@ from ._adjoint import JacobianFree as JacobianFree
 from ._adjoint import NeumannSeries as NeumannSeries
 from ._adjoint import PhantomGradient as PhantomGradient
 from ._adjoint import Shine as Shine
+from ._adjoint import WarmStart as WarmStart
 from ._api import fixed_point as fixed_point
 from ._api import least_squares as least_squares
 from ._api import minimize as minimize
@@ -87,6 +88,7 @@ __all__ = [
     "Solution",
     "Status",
     "Unroll",
+    "WarmStart",
     "check_gradients",
     "compare_solvers",
     "fixed_point",

@@ -49,6 +49,37 @@ class LinearAdjoint(Adjoint, ABC):
         """
 
 
+class WarmStart:
+    """A memory for `Implicit(warm_start=…)`: the `u` of the backward pass before, where the next one begins.
+
+    Of use where the same samples come again in the same places, as in training on one batch. What is found does not
+    depend on it, but for the tolerance.
+    """
+
+    def __init__(self) -> None:
+        self._last: Tensor | None = None
+
+    def clear(self) -> None:
+        """Forget it."""
+        self._last = None
+
+    def begin(self, operator: ResidualJacobian, v: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The multiple of the last `u` that leaves the least of v, and what it leaves; None where there is none."""
+        u = self._last
+        if u is None or u.shape != v.shape or u.dtype != v.dtype or u.device != v.device:
+            return None
+        image = operator.mv(u)
+        square = torch.linalg.vecdot(image, image)
+        factor = torch.linalg.vecdot(image, v) / torch.where(square > 0, square, 1.0)
+        usable = factor.isfinite() & (square > 0)
+        start = torch.where(usable[:, None], factor[:, None] * u, 0.0)
+        return start, torch.where(usable[:, None], v - factor[:, None] * image, v)
+
+    def keep(self, u: Tensor) -> None:
+        """Remember it."""
+        self._last = u.detach()
+
+
 @dataclass(frozen=True)
 class Implicit(LinearAdjoint):
     """Exact gradients by the implicit function theorem: `Aᵀu = v`, then `uᵀ ∂r/∂θ` (`A = −∂r/∂z` at the solution).
@@ -65,12 +96,15 @@ class Implicit(LinearAdjoint):
             last step of `Newton` or `Chord`, the pairs of `Broyden`, the history of `Anderson`. Saves most of the
             products, where the solver is one of these; the factors stay in memory until the backward pass, and samples
             that are done stay in the batch.
+        warm_start: a `WarmStart()`, to begin at the `u` of the backward pass before; None begins at zero. One for each
+            layer.
     """
 
     linear_solver: LinearSolver | None = None
     rtol: float | None = None
     unconverged: Literal["linearize", "zero"] = "linearize"
     reuse: bool = False
+    warm_start: WarmStart | None = None
 
     exact: ClassVar[bool] = True
 
@@ -83,6 +117,8 @@ class Implicit(LinearAdjoint):
         self._require_number("rtol", 0.0, 1.0, inside=True, optional=True)
         self._require_choice("unconverged", ("linearize", "zero"))
         self._require("reuse", isinstance(self.reuse, bool), "True or False")
+        ok = self.warm_start is None or isinstance(self.warm_start, WarmStart)
+        self._require("warm_start", ok, "None or an instance, torchimplicit.WarmStart()")
 
     @property
     def needs_inverse(self) -> bool:
@@ -100,6 +136,26 @@ class Implicit(LinearAdjoint):
         """`operator u = v` for each sample, `(B, n)`; zero where it could not be solved."""
         rtol = torch.finfo(v.dtype).eps ** (2 / 3) if self.rtol is None else self.rtol
         rtol = max(rtol, 4 * torch.finfo(v.dtype).eps)
+        if self.warm_start is None:
+            return self._solve(operator, v, rtol, inverse)
+        begun = self.warm_start.begin(operator, v)
+        if begun is None:
+            found = self._solve(operator, v, rtol, inverse)
+        else:
+            start, rest = begun
+            size, left = two(v), two(rest)
+            needed = torch.where(left > 0, rtol * size / left, 1.0).clamp_max(1.0)
+            more = self._solve(operator, rest, needed, inverse)
+            solved = more.status == int(Status.CONVERGED)
+            value = torch.where(solved[:, None], start + more.value, 0.0)
+            relative = torch.where(size > 0, more.residual * left / size, more.residual)
+            found = replace(more, value=value, residual=relative)
+        self.warm_start.keep(found.value)
+        return found
+
+    def _solve(
+        self, operator: ResidualJacobian, v: Tensor, rtol: float | Tensor, inverse: Inverse | None
+    ) -> LinearSolution:
         solver = self.linear_solver or Cascade()
         if inverse is None:
             found = solver.solve(operator, v, rtol)
