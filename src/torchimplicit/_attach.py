@@ -14,10 +14,12 @@ its place, on the tape of that evaluation: the tensors that it read are inputs o
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from ._adjoint import LinearAdjoint
@@ -42,7 +44,9 @@ class Backward:
         status: `(B,)`, how the forward solve ended.
         operator: `A` at the solution.
         record: fn's recorded output.
-        tape: of that evaluation.
+        tape: of that evaluation; None if it is to be made when it is asked for, of a module with a closed form.
+        reads: the tensors that fn reads, or may read.
+        state: where there is no tape, the module's parameters and buffers as they were.
         donors: where failed samples were taken out of it, whose rows stand in their places, and in which inputs.
         inverse: what the solver knew of `A⁻¹`.
     """
@@ -56,13 +60,22 @@ class Backward:
     site: tuple[str, int]
     operator: ResidualJacobian
     record: AutogradJacobian
-    tape: Tape
+    tape: Tape | None
+    reads: list[Tensor]
+    state: dict[str, Tensor]
     donors: Donors | None
     inverse: Inverse | None
 
     def equation(self) -> Equation:
         """For the derivative rules."""
-        if self.tape.opaque:
+        places = None
+        tape = self.tape
+        if tape is None:
+            call = partial(functional_call, self.problem.fn, self.state)
+            tape, _ = Tape.record(lambda *args: call(args), self.record.state.detach(), self.problem.args)
+            known = {id(t): i for i, t in enumerate(self.reads)}
+            places = [known.get(id(t), -1) for t in tape.inputs]
+        if tape.opaque or (places is not None and -1 in places):
             raise RuntimeError(
                 f"{self.problem.kind}: a derivative of the gradient needs every operation of fn to be visible, but "
                 "some tensors are made out of sight, by torch.compile or a custom autograd.Function; write it in plain "
@@ -76,8 +89,9 @@ class Backward:
             on_failure=self.on_failure,
             site=self.site,
             report=self.report,
-            tape=self.tape,
-            reads=self.tape.inputs,
+            tape=tape,
+            reads=self.reads,
+            places=places,
             donors=self.donors,
             inverse=self.inverse,
         )
@@ -121,7 +135,7 @@ class _Attach(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         of: Backward = ctx.of
         if not torch.is_grad_enabled() and not batched(grads[0]):
-            return None, of.solve(grads[0]), None, *(None for _ in of.tape.inputs)
+            return None, of.solve(grads[0]), None, *(None for _ in of.reads)
         z, *tensors = ctx.saved_tensors
         system = of.equation().system()
         if torch.is_grad_enabled():
@@ -157,12 +171,18 @@ def attach(
     with torch.enable_grad():
         inputs: list[Tensor] = []
         donors = None
+        state: dict[str, Tensor] = {}
         if any_dead and not bool(finite[dead].all()):
             # fn is NaN or infinite somewhere in this evaluation, and 0·NaN = NaN: take those samples out of it.
             output, start, inputs, tape, donors = evaluate_without(problem, z, dead | ~finite)
         else:
             start = start_of_graph(z)
-            output, tape = problem.recorded(start)
+            if problem.has_closed_form and isinstance(problem.fn, nn.Module):
+                # What it reads is known without a tape, which costs as much as a cheap cell.
+                state = {**dict(problem.fn.named_parameters()), **dict(problem.fn.named_buffers())}
+                output, tape = problem.output(start), None
+            else:
+                output, tape = problem.recorded(start)
         if output is None or not _reads_more(problem, output, start):
             return inert(z, [*inputs, *starts])
         shield(output, start, everywhere=False)
@@ -171,6 +191,11 @@ def attach(
         if problem.has_closed_form and not any_dead:
             with torch.no_grad():
                 operator = problem.linearize(z, output.detach())
+        if tape is None:
+            given = (t for t in pytree.tree_leaves(problem.args) if isinstance(t, Tensor))
+            reads = list({id(t): t for t in (*given, *state.values())}.values())
+        else:
+            reads = tape.inputs
         backward = Backward(
             adjoint=adjoint,
             problem=problem,
@@ -182,10 +207,12 @@ def attach(
             operator=operator,
             record=record,
             tape=tape,
+            reads=reads,
+            state=state,
             donors=donors,
             inverse=outcome.inverse,
         )
-        attached: Tensor = _Attach.apply(backward, output, z, *tape.inputs)  # pyright: ignore[reportAssignmentType]
+        attached: Tensor = _Attach.apply(backward, output, z, *reads)  # pyright: ignore[reportAssignmentType]
         return inert(attached, starts)
 
 
