@@ -21,7 +21,7 @@ CHECKED := src tests benchmarks
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help mnist test lint format format-check types test-quick tests bench-notebook bench-solvers evidence hooks clean distclean
+.PHONY: help mnist test lint format format-check types test-quick tests bench-notebook bench-solvers mutants evidence hooks clean distclean
 
 help: ## say what there is
 	@echo "usage: make TARGET"
@@ -87,6 +87,9 @@ bench-solvers: $(VENV)/.bench ## run our solvers and the peers on the test probl
 bench-notebook: $(VENV)/.train ## measure memory and time against the notebook's own algorithms, one thread
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.speed_notebook
+
+mutants: $(VENV)/.train $(VENV)/.dev ## put mistakes into copies of the derivative engine: the tests must notice each
+	$(BIN)/python -m benchmarks.mutants
 
 # --- checks -----------------------------------------------------------------------------------------------------
 

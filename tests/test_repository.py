@@ -13,6 +13,7 @@ from types import ModuleType
 import pytest
 
 import torchimplicit as ti
+from benchmarks.mutants import MUTANTS, Mutant
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "torchimplicit"
@@ -155,3 +156,9 @@ def test_a_file_says_what_lives_in_it(path: Path) -> None:
     docstring = ast.get_docstring(ast.parse(path.read_text()))
     assert docstring
     assert docstring.splitlines()[0].strip()
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_every_mutant_is_a_change_of_the_present_source(mutant: Mutant) -> None:
+    changed = mutant.applied((PACKAGE / mutant.file).read_text())
+    ast.parse(changed)

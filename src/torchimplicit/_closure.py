@@ -18,14 +18,16 @@ class _Substitution(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        def swap(leaf: Any) -> Any:
-            return self._replacements.get(id(leaf), leaf) if isinstance(leaf, Tensor) else leaf
-
-        args, kwargs = pytree.tree_map(swap, (args, kwargs or {}))
+        args, kwargs = self.swap((args, kwargs or {}))
         return func(*args, **kwargs)
+
+    def swap(self, tree: Any) -> Any:
+        """A pytree with the others in their places."""
+        return pytree.tree_map(lambda t: self._replacements.get(id(t), t) if isinstance(t, Tensor) else t, tree)
 
 
 def substituted(run: Callable[[], Any], old: list[Tensor], new: list[Tensor]) -> Any:
     """`run()` with each tensor of `old` replaced, by identity, by the one of `new`."""
-    with _Substitution({id(o): n for o, n in zip(old, new, strict=True)}):
-        return run()
+    with _Substitution({id(o): n for o, n in zip(old, new, strict=True)}) as mode:
+        out = run()
+    return mode.swap(out)  # one of them may be returned as it is

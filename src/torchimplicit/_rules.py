@@ -11,7 +11,18 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ._system import System, batched, differentiable, pull, pull_in_graph, push, transformed
+from ._system import (
+    System,
+    batched,
+    differentiable,
+    pull,
+    pull_in_graph,
+    push,
+    refuse_forward_over_forward,
+    transformed,
+)
+
+functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class Settings(Protocol):
@@ -54,6 +65,8 @@ def solve_linear(
         rows = _rows(whole, 0, len(whole)), _rows(z, None, len(whole)), _rows(status, None, len(whole))
         found = solve_linear(copies, transposed, *rows, tensors)
         return torch._add_batch_dim(found.reshape(whole.shape), 0, level)  # pyright: ignore[reportPrivateImportUsage]
+    if transformed():
+        refuse_forward_over_forward(system.kind)
     return _LinearSolve.apply(system, transposed, v, z, status, *tensors)  # pyright: ignore[reportReturnType]
 
 
@@ -83,7 +96,7 @@ class _Solve(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        z, status, donors, *tensors = ctx.saved_tensors
+        z, status, donors, *tensors = _saved(ctx)
         wide = ctx.system.settings.isolated(tensors, donors)
         found = gradients(ctx.system, grads[0], z, status, wide)[: len(tensors)]
         if ctx.system.settings.failed:
@@ -118,7 +131,9 @@ class _LinearSolve(torch.autograd.Function):
 
     @staticmethod
     def forward(system: System, transposed: bool, v: Tensor, z: Tensor, status: Tensor, *tensors: Tensor) -> Tensor:
-        return system.settings.solve_linear(system, transposed, v, z, status, tensors)
+        # The caller's autocast is that of its own backward pass, not of fn.
+        with torch.autocast(v.device.type, enabled=False):
+            return system.settings.solve_linear(system, transposed, v, z, status, tensors)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -130,7 +145,7 @@ class _LinearSolve(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         ctx.system.settings.require_exact()
-        u, z, status, *tensors = ctx.saved_tensors
+        u, z, status, *tensors = _saved(ctx)
         s = solve_linear(ctx.system, not ctx.transposed, grads[0], z, status, tensors)
         left, right = (u, s) if ctx.transposed else (s, u)
         # d⟨s, u⟩ = −⟨left, dA right⟩, and A = −∂r/∂z.
@@ -183,6 +198,17 @@ class _LinearSolve(torch.autograd.Function):
         randomness = "same" if in_dims[3] is None else _randomness(info)
         out = solve_linear(system.mapped(size, dims, randomness), transposed, v, z, status, mapped)
         return out.reshape(size, out.shape[0] // size, out.shape[1]), 0
+
+
+def _saved(ctx: Any) -> list[Tensor]:
+    """The saved tensors; what `torch.func.vjp` returns may be called when its transform is over."""
+    found = []
+    for t in ctx.saved_tensors:
+        inner = functorch.unwrap_if_dead(t)
+        while inner is not t:
+            t, inner = inner, functorch.unwrap_if_dead(inner)
+        found.append(t)
+    return found
 
 
 def _of_some(

@@ -42,6 +42,20 @@ def untraced() -> AbstractContextManager[Any]:
     return nullcontext() if proxies is None else proxies.disable_proxy_modes_tracing()
 
 
+def refuse_forward_over_forward(kind: str) -> None:
+    """A custom Function's derivative in forward mode has none itself in torch: it would silently be zero.
+
+    Raises:
+        RuntimeError: under two levels of forward mode.
+    """
+    if forward_levels() > 1:
+        raise RuntimeError(
+            f"{kind}: forward mode over forward mode (jvp of jvp, jacfwd of jacfwd) is not supported by torch for "
+            "custom derivatives; take one of the two in reverse mode: jacfwd(jacrev(f)), torch.func.hessian, or jvp "
+            "of grad."
+        )
+
+
 def batched(t: Tensor) -> bool:
     """Whether a tensor carries dims that only a `vmap` sees: torch.func's, or that of `is_grads_batched`."""
     functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
@@ -59,7 +73,8 @@ def pull(fn: Callable[..., Tensor], primals: Sequence[Tensor], cotangent: Tensor
         back: Any = torch.func.vjp(fn, *primals)[1]
         return back(cotangent)
     again = torch.is_grad_enabled()
-    with torch.enable_grad():
+    # The caller's autocast is that of its own backward pass, not of fn.
+    with torch.enable_grad(), torch.autocast(cotangent.device.type, enabled=False):
         # A view each: the derivative by a place, also where two places hold the same tensor.
         own = [p.view_as(p) if again and p.requires_grad else p.detach().requires_grad_() for p in primals]
         out = fn(*own)

@@ -2,15 +2,17 @@
 
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from typing import Any, NamedTuple
 from weakref import WeakSet
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
 _NESTED = (list, tuple, dict)
 _PLAIN: WeakSet[Any] = WeakSet()
 """Code and modules that were seen not to be compiled."""
@@ -46,7 +48,8 @@ class Tape:
 
     Attributes:
         inputs: the tensors read and not made, the argument's leaves excepted: closures, parameters, arguments alike.
-        opaque: whether some tensors were made where it could not be seen, as by a custom `autograd.Function`.
+        opaque: whether some tensors were made where it could not be seen, as by a custom `autograd.Function` or a
+            `torch.func` transform inside the function.
     """
 
     def __init__(self) -> None:
@@ -81,8 +84,8 @@ class Tape:
                 return tape, out
             with suppress(TypeError):  # not everything can be remembered
                 _PLAIN.add(key)
-        mode = _Recording(tape, first)
-        tape._given = [mode.made(t) for t in given]
+        mode = _Recording(tape)
+        tape._given = mode.begin(argument)
         with run_eagerly(), mode:
             out = fn(argument, *args)
         leaves, spec = pytree.tree_flatten(out)
@@ -103,8 +106,10 @@ class Tape:
                 out = step.func(*args, **kwargs)
             if step.makes:
                 found = pytree.tree_leaves(out)
+                read = [slot for _, slot in step.reads]
                 for place, slot in step.makes:
-                    values[slot] = found[place]
+                    # Forward mode would look through `no_grad`; what is written in place keeps the graph it has.
+                    values[slot] = found[place] if step.recording or slot in read else found[place].detach()
         leaves = list(self._out[0])
         for place, slot in self._outputs:
             leaves[place] = values[slot]
@@ -114,26 +119,50 @@ class Tape:
 class _Recording(TorchFunctionMode):
     """Writes a tape while a function runs."""
 
-    def __init__(self, tape: Tape, first: int | None) -> None:
+    def __init__(self, tape: Tape) -> None:
         super().__init__()
         self._tape = tape
-        self._first = first  # number of the argument's graph node: those of tensors made since then are not lower
         self._slot: dict[int, int] = {}
         self._kept: list[Tensor] = []  # lest an id be used twice
-        self._unseen: set[int] = set()
+        self._unseen: dict[int, bool] = {}  # slots filled without a graph, and whether with a tangent
+        self._level = _level()
+        self._first: int = torch.autograd._get_sequence_nr()  # pyright: ignore[reportPrivateImportUsage]
+        self._origins: set[Any] = set()
+
+    def begin(self, argument: Any) -> list[int]:
+        """The slots of the argument's leaves."""
+        leaves = pytree.tree_leaves(argument)
+        self._origins = {t.grad_fn for t in leaves if t.grad_fn is not None}
+        return [self.made(t) for t in leaves]
 
     def read(self, t: Tensor) -> int:
         """The slot of a tensor that is read; a new one is an input."""
         slot = self._slot.get(id(t))
         if slot is None:
             slot = self.made(t)
+            if functorch.maybe_get_level(t) > self._level:
+                self._tape.opaque = True  # of a transform inside the function: of no use outside
+                return slot
+            if self._hidden(t):
+                self._tape.opaque = True  # a function of the argument, and not by an operation
             self._tape.inputs.append(t)
             self._tape._slots.append(slot)
-            if self._first is not None and t.grad_fn is not None and t.grad_fn._sequence_nr() >= self._first:
-                self._tape.opaque = True
-        elif slot in self._unseen and t.requires_grad:
-            self._tape.opaque = True  # made without a graph, and has one now: by the forward of a custom Function
+        elif slot in self._unseen and (t.requires_grad or (_is_dual(t) and not self._unseen[slot])):
+            self._tape.opaque = True  # made without a derivative, and has one now: by a custom Function's forward
         return slot
+
+    def _hidden(self, t: Tensor) -> bool:
+        """Whether autograd leads from a tensor to the argument."""
+        pending, seen = [t.grad_fn], set()
+        while pending:
+            node = pending.pop()
+            if node in self._origins:
+                return True
+            # What is older than this evaluation does not depend on it.
+            if node is not None and node not in seen and node._sequence_nr() >= self._first:
+                seen.add(node)
+                pending.extend(following for following, _ in node.next_functions)
+        return False
 
     def made(self, t: Tensor) -> int:
         """The slot of a tensor that an operation returned: its own, where that is one that it was given."""
@@ -162,17 +191,24 @@ class _Recording(TorchFunctionMode):
             makes = [(i, self.made(t)) for i, t in enumerate(pytree.tree_leaves(out)) if isinstance(t, Tensor)]
         else:
             makes = []
-        if makes or func is Tensor.__setitem__:
+        if makes or (reads and out is None):  # the latter writes: an assignment by index, say
             recording = torch.is_grad_enabled()
             if not recording:
-                self._unseen.update(slot for _, slot in makes)
-            autocast = self._autocast() if torch.is_autocast_enabled() or torch.is_autocast_enabled("cpu") else None
+                self._unseen.update((slot, _is_dual(self._kept[slot])) for _, slot in makes)
+            device = self._kept[0].device.type
+            autocast = (device, torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
             self._tape._operations.append(_Operation(func, leaves, spec, reads, makes, recording, autocast))
         return out
 
-    def _autocast(self) -> tuple[str, torch.dtype]:
-        device = self._kept[0].device.type
-        return device, torch.get_autocast_dtype(device)
+
+def _is_dual(t: Tensor) -> bool:
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(t).tangent is not None
+
+
+def _level() -> int:
+    """How many `torch.func` transforms are at work."""
+    top = functorch.peek_interpreter_stack()
+    return 0 if top is None else top.level()
 
 
 def run_eagerly() -> AbstractContextManager[Any]:
@@ -205,8 +241,11 @@ def _compiled(outputs: list[Any], first: int) -> bool:
 
 
 def _context(step: _Operation) -> AbstractContextManager[Any]:
+    if step.recording and step.autocast is None:
+        return nullcontext()
+    stack = ExitStack()
     if not step.recording:
-        return torch.no_grad()
+        stack.enter_context(torch.no_grad())
     if step.autocast is not None:
-        return torch.autocast(*step.autocast)
-    return nullcontext()
+        stack.enter_context(torch.autocast(*step.autocast))
+    return stack

@@ -13,7 +13,7 @@ from ._problem import Problem
 from ._report import OnFailure, call_site
 from ._rules import solve
 from ._solution import AdjointReport, Solution, Status
-from ._system import forward_levels, transformed
+from ._system import refuse_forward_over_forward, transformed
 from ._tape import Tape, run_eagerly
 from .solvers import Method
 
@@ -38,8 +38,10 @@ def run_transformed(
     trace: bool,
 ) -> Solution:
     """Solve with the derivative rules in place."""
-    _refuse_forward_over_forward(problem.kind)
+    refuse_forward_over_forward(problem.kind)
     first = _tape(problem, start)
+    if first.opaque:
+        raise _unseen(problem.kind)
     report = AdjointReport()
     equation = Equation(
         problem=problem,
@@ -56,12 +58,8 @@ def run_transformed(
     z, status, residual, steps, _ = solve(equation.system(), start, first.inputs)
     final = _tape(problem, z)
     known = {id(t): i for i, t in enumerate(first.inputs)}
-    if final.opaque or first.opaque or any(id(t) not in known for t in final.inputs):
-        raise RuntimeError(
-            f"{problem.kind}: under torch.func and in forward mode every operation of fn must be visible, but some "
-            "tensors that it reads are made out of sight, by a custom autograd.Function or a transform inside fn, or "
-            "differ from call to call; write these in plain operations, or use torch.autograd.grad or backward."
-        )
+    if final.opaque or any(id(t) not in known for t in final.inputs):
+        raise _unseen(problem.kind)
     equation.tape, equation.places = final, [known[id(t)] for t in final.inputs]
     layout = problem.layout
     return Solution(
@@ -73,6 +71,14 @@ def run_transformed(
         evaluations=problem.evaluations,
         trace=layout.per_sample(equation.traces[0]) if equation.traces else None,
         adjoint=report,
+    )
+
+
+def _unseen(kind: str) -> RuntimeError:
+    return RuntimeError(
+        f"{kind}: under torch.func and in forward mode every operation of fn must be visible, but some tensors that it "
+        "reads are made out of sight, by a custom autograd.Function or a transform inside fn, or differ from call to "
+        "call; write these in plain operations, or use torch.autograd.grad or backward."
     )
 
 
@@ -94,13 +100,3 @@ def _tape(problem: Problem, z: Tensor) -> Tape:
 
 def _is_dual(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and forward_ad.unpack_dual(leaf).tangent is not None
-
-
-def _refuse_forward_over_forward(kind: str) -> None:
-    """A custom Function's derivative in forward mode has none itself in torch: it would silently be zero."""
-    if forward_levels() > 1:
-        raise RuntimeError(
-            f"{kind}: forward mode over forward mode (jvp of jvp, jacfwd of jacfwd) is not supported by torch for "
-            "custom derivatives; take one of the two in reverse mode: jacfwd(jacrev(f)), torch.func.hessian, or jvp "
-            "of grad."
-        )

@@ -1,0 +1,451 @@
+"""Whether the tests of derivatives can fail: mistakes put into a copy of the derivative engine, each to be noticed.
+
+Every mutant is one change of a few words in a copy of the package. The tests run against the copy and stop at the first
+failure, which kills the mutant; one that lives is a hole in the tests. The unchanged copy must pass.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.record import RESULTS, circumstances, write
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "src" / "torchimplicit"
+TESTS = (
+    "test_bilevel",
+    "test_derivatives",
+    "test_derivative_styles",
+    "test_derivative_edges",
+    "test_gradients",
+    "test_failures",
+)
+LIMIT = 600
+"""Seconds: a mutant that never ends is noticed, too."""
+
+
+class Mutant(NamedTuple):
+    """A mistake: `old`, which stands once in the file, becomes `new`."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+
+    def applied(self, text: str) -> str:
+        """The file's text with the mistake in it.
+
+        Raises:
+            ValueError: `old` is not there exactly once: the engine has changed, and the list must follow.
+        """
+        if text.count(self.old) != 1:
+            raise ValueError(f"{self.name}: {self.old!r} stands {text.count(self.old)} times in {self.file}, not once.")
+        return text.replace(self.old, self.new)
+
+
+MUTANTS = [
+    # The rules of a solution.
+    Mutant(
+        "gradient: Aᵀ is not transposed",
+        "_rules.py",
+        "u = solve_linear(system, True,",
+        "u = solve_linear(system, False,",
+    ),
+    Mutant(
+        "gradient: v in the place of u",
+        "_rules.py",
+        "pull(fn, [tensors[i] for i in places], u)",
+        "pull(fn, [tensors[i] for i in places], v)",
+    ),
+    Mutant(
+        "gradient: sign",
+        "_rules.py",
+        "pull(fn, [tensors[i] for i in places], u)",
+        "pull(fn, [tensors[i] for i in places], -u)",
+    ),
+    Mutant(
+        "solution jvp: A transposed",
+        "_rules.py",
+        "solve_linear(ctx.system, False, right",
+        "solve_linear(ctx.system, True, right",
+    ),
+    Mutant(
+        "solution jvp: no linear solve",
+        "_rules.py",
+        "return solve_linear(ctx.system, False, right, z, status, tensors), None",
+        "return right, None",
+    ),
+    Mutant(
+        "solution jvp: sign",
+        "_rules.py",
+        "return solve_linear(ctx.system, False, right,",
+        "return solve_linear(ctx.system, False, -right,",
+    ),
+    Mutant(
+        "solution jvp: tangents of other tensors",
+        "_rules.py",
+        "[tangents[2 + i] for i in places], z)",
+        "[tangents[2 + i] for i in reversed(places)], z)",
+    ),
+    Mutant(
+        "solution jvp: only the first tensor",
+        "_rules.py",
+        "if not places:\n",
+        "places = places[:1]\n        if not places:\n",
+    ),
+    Mutant(
+        "solution vmap: the start's dim",
+        "_rules.py",
+        "_rows(z0, in_dims[1], size), mapped)",
+        "_rows(z0, None, size), mapped)",
+    ),
+    # The rules of a linear solve.
+    Mutant(
+        "linear backward: same side again",
+        "_rules.py",
+        "s = solve_linear(ctx.system, not ctx.transposed,",
+        "s = solve_linear(ctx.system, ctx.transposed,",
+    ),
+    Mutant(
+        "linear backward: zeros for s", "_rules.py", "left, right = (u, s)", "s = 0 * s\n        left, right = (u, s)"
+    ),
+    Mutant(
+        "linear backward: left and right exchanged",
+        "_rules.py",
+        "(u, s) if ctx.transposed else (s, u)",
+        "(s, u) if ctx.transposed else (u, s)",
+    ),
+    Mutant("linear backward: never exchanged", "_rules.py", "(u, s) if ctx.transposed else (s, u)", "(s, u)"),
+    Mutant(
+        "linear backward: sign of dA",
+        "_rules.py",
+        "found = pull(product, [z, *(tensors[i] for i in places)], right)",
+        "found = pull(product, [z, *(tensors[i] for i in places)], -right)",
+    ),
+    Mutant(
+        "linear backward: dA in z missing",
+        "_rules.py",
+        "return None, None, s, found[0], None,",
+        "return None, None, s, None, None,",
+    ),
+    Mutant(
+        "linear backward: dA in the tensors missing",
+        "_rules.py",
+        "*_in_places(found[1:], places, len(tensors))",
+        "*(None for _ in tensors)",
+    ),
+    Mutant(
+        "linear backward: dv missing",
+        "_rules.py",
+        "return None, None, s, found[0]",
+        "return None, None, None, found[0]",
+    ),
+    Mutant(
+        "linear jvp: dv missing",
+        "_rules.py",
+        "right = torch.zeros_like(u) if dv is None else dv",
+        "right = torch.zeros_like(u)",
+    ),
+    Mutant(
+        "linear jvp: dz missing",
+        "_rules.py",
+        "dz = torch.zeros_like(z) if dz is None else dz",
+        "dz = torch.zeros_like(z)",
+    ),
+    Mutant("linear jvp: dA missing", "_rules.py", "if dz is not None or moving:", "if False:"),
+    Mutant(
+        "linear jvp: dA in the tensors missing",
+        "_rules.py",
+        "[dz, *(tangents[5 + i] for i in moving)]",
+        "[dz, *(0 * tangents[5 + i] for i in moving)]",
+    ),
+    Mutant("linear jvp: sign of dA", "_rules.py", "right = right + push(product", "right = right - push(product"),
+    Mutant(
+        "linear jvp: always the transpose",
+        "_rules.py",
+        "if ctx.transposed else push(at, [z], [u], u)",
+        "if True else push(at, [z], [u], u)",
+    ),
+    Mutant(
+        "linear jvp: never the transpose",
+        "_rules.py",
+        "return pull(at, [z], u)[0] if ctx.transposed else",
+        "return pull(at, [z], u)[0] if False else",
+    ),
+    Mutant(
+        "linear jvp: solved on the other side",
+        "_rules.py",
+        "return solve_linear(ctx.system, ctx.transposed, right",
+        "return solve_linear(ctx.system, not ctx.transposed, right",
+    ),
+    Mutant(
+        "linear vmap: v's dim for z",
+        "_rules.py",
+        "zip((v, z, status), in_dims[2:5], strict=True)",
+        "zip((v, z, status), (in_dims[2], None, in_dims[4]), strict=True)",
+    ),
+    Mutant(
+        "vmap: mapped tensors are shared",
+        "_rules.py",
+        "return moved, [None if d is None else 0 for d in dims]",
+        "return moved, [None for d in dims]",
+    ),
+    Mutant("vmap: dim not moved to the front", "_rules.py", "t if d is None else t.movedim(d, 0).contiguous()", "t"),
+    Mutant(
+        "vmap: rows interleaved",
+        "_rules.py",
+        "return t.reshape(size * t.shape[1], *t.shape[2:])",
+        "return t.transpose(0, 1).reshape(size * t.shape[1], *t.shape[2:])",
+    ),
+    Mutant("pullback outlives its transform", "_rules.py", "while inner is not t:", "while False:"),
+    Mutant(
+        "batched cotangents: A⁻¹ for A⁻ᵀ",
+        "_rules.py",
+        "found = solve_linear(copies, transposed, *rows",
+        "found = solve_linear(copies, not transposed, *rows",
+    ),
+    Mutant(
+        "forward over forward in a pullback",
+        "_rules.py",
+        "if transformed():\n        refuse_unsupported",
+        "if False:\n        refuse_unsupported",
+    ),
+    # Products and the system.
+    Mutant(
+        "push: conjugate dropped",
+        "_system.py",
+        "(g.conj() * t).real if g.is_complex()",
+        "(g * t).real if g.is_complex()",
+    ),
+    Mutant(
+        "push: real part only",
+        "_system.py",
+        "(g.conj() * t).real if g.is_complex()",
+        "(g.real * t.real) if g.is_complex()",
+    ),
+    Mutant("pull: not differentiable", "_system.py", "create_graph=again", "create_graph=False"),
+    Mutant(
+        "pull: primals detached",
+        "_system.py",
+        "p.view_as(p) if again and p.requires_grad else",
+        "p.view_as(p) if False else",
+    ),
+    Mutant(
+        "pull: the caller's autocast",
+        "_system.py",
+        "torch.autocast(cotangent.device.type, enabled=False):",
+        "torch.enable_grad():",
+    ),
+    Mutant(
+        "residual: root has the sign of fn",
+        "_system.py",
+        'return value - z if self.kind == "fixed_point" else -value',
+        'return value - z if self.kind == "fixed_point" else value',
+    ),
+    Mutant(
+        "residual: −z missing",
+        "_system.py",
+        'return value - z if self.kind == "fixed_point" else',
+        'return value if self.kind == "fixed_point" else',
+    ),
+    Mutant(
+        "objective: half a square",
+        "_system.py",
+        "0.5 * out.square().sum(dim=1) if",
+        "0.5 * out.square().sum(dim=1).detach() if",
+    ),
+    Mutant("forward over forward allowed", "_system.py", "if levels > 1:", "if False:"),
+    Mutant(
+        "tracing allowed",
+        "_system.py",
+        "_TorchDispatchModeKey.PROXY) is not None:",
+        "_TorchDispatchModeKey.PROXY) is False:",
+    ),
+    # The tape.
+    Mutant("tape: grad mode ignored", "_tape.py", "if not step.recording:\n        stack", "if False:\n        stack"),
+    Mutant(
+        "tape: forward mode looks through no_grad",
+        "_tape.py",
+        "if step.recording or slot in read else found[place].detach()",
+        "if True else found[place].detach()",
+    ),
+    Mutant(
+        "tape: autocast ignored", "_tape.py", "if step.autocast is not None:\n        stack", "if False:\n        stack"
+    ),
+    Mutant(
+        "tape: autocast ignored without a graph",
+        "_tape.py",
+        "if step.autocast is not None:\n        stack",
+        "if step.autocast is not None and step.recording:\n        stack",
+    ),
+    Mutant("tape: assignment by index not recorded", "_tape.py", "if makes or (reads and out is None):", "if makes:"),
+    Mutant(
+        "tape: nested arguments not read",
+        "_tape.py",
+        "if kwargs or any(isinstance(a, _NESTED) for a in args):",
+        "if kwargs:",
+    ),
+    Mutant(
+        "tape: several outputs, the first only",
+        "_tape.py",
+        "values[slot] = found[place] if",
+        "values[slot] = found[0] if",
+    ),
+    Mutant("tape: hidden Functions not noticed", "_tape.py", "elif slot in self._unseen and (", "elif False and ("),
+    Mutant(
+        "tape: hidden tensors with a graph not noticed",
+        "_tape.py",
+        "if self._hidden(t):",
+        "if False:",
+    ),
+    Mutant(
+        "tape: inputs of the recording, not of the replay",
+        "_tape.py",
+        "values.update(zip(self._slots, inputs, strict=True))",
+        "values.update(zip(self._slots, self.inputs, strict=True))",
+    ),
+    # The equation and the calls.
+    Mutant(
+        "equation: places off",
+        "_transformed.py",
+        "[known[id(t)] for t in final.inputs]",
+        "[known[id(t)] for t in reversed(final.inputs)]",
+    ),
+    Mutant("equation: places ignored", "_transformed.py", "[known[id(t)] for t in final.inputs]", "None"),
+    Mutant(
+        "equation: what cannot be seen is let through",
+        "_transformed.py",
+        "if final.opaque or any(id(t) not in known for t in final.inputs):",
+        "if False:",
+    ),
+    Mutant(
+        "equation: not transformed in forward mode",
+        "_transformed.py",
+        "return any(_is_dual(t) for t in tape.inputs)",
+        "return False",
+    ),
+    Mutant(
+        "equation: dead mask dropped before",
+        "_equation.py",
+        "v = torch.where(dead[:, None], 0.0, v)\n",
+        "v = v.clone()\n",
+    ),
+    Mutant(
+        "equation: every sample dead",
+        "_equation.py",
+        "dead = self.adjoint.without_gradient(status)",
+        "dead = self.adjoint.without_gradient(status) | True",
+    ),
+    Mutant(
+        "equation: A and Aᵀ exchanged",
+        "_equation.py",
+        "operator.mT if transposed else operator",
+        "operator if transposed else operator.mT",
+    ),
+    Mutant(
+        "equation: A of a root for a fixed point",
+        "_equation.py",
+        'shifted=system.kind == "fixed_point"',
+        "shifted=False",
+    ),
+    Mutant("equation: donors not applied", "_equation.py", "if self.donors is not None:", "if False:"),
+    Mutant("closure: a tensor returned as it is", "_closure.py", "return mode.swap(out)", "return out"),
+    Mutant(
+        "donors: the states only",
+        "_isolate.py",
+        "full[i] = _take(full[i], self.index, self.batch)",
+        "full[i] = full[i]",
+    ),
+    Mutant("donors: the tensors only", "_isolate.py", "return z.index_select(0, self.index), full", "return z, full"),
+    Mutant("attach: hidden operations let through", "_attach.py", "if self.tape.opaque:", "if False:"),
+    Mutant(
+        "attach: sign of a batch of gradients",
+        "_attach.py",
+        'return None, u if of.problem.kind == "fixed_point" else -u, None',
+        "return None, u, None",
+    ),
+    Mutant(
+        "attach: gradient of the plain rule not transposed",
+        "_attach.py",
+        "self.adjoint.solve(self.operator.mT, v)",
+        "self.adjoint.solve(self.operator, v)",
+    ),
+]
+
+
+def run(mutant: Mutant | None) -> dict[str, Any]:
+    """Run the tests against a copy of the package; what killed it, None if nothing did, and the seconds."""
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "torchimplicit"
+        shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+        if mutant is not None:
+            path = copy / mutant.file
+            path.write_text(mutant.applied(path.read_text()))
+        killer = _first_failure(folder)
+    name = "unchanged" if mutant is None else mutant.name
+    print(f"{name}: {killer or 'passes'}", file=sys.stderr, flush=True)
+    return {"killer": killer, "seconds": round(time.perf_counter() - began, 1)}
+
+
+def _first_failure(source: str) -> str | None:
+    files = [str(ROOT / "tests" / f"{name}.py") for name in TESTS]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:cacheprovider", "-o", "pythonpath="]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([source, str(ROOT)]), "OMP_NUM_THREADS": "1"}
+    environment["PYTHONDONTWRITEBYTECODE"] = "1"
+    try:
+        done = subprocess.run(
+            [*command, *files], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return f"nothing within {LIMIT} s"
+    failed = re.search(r"^(?:FAILED|ERROR) (?:\S*tests/)?(.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
+    if failed:
+        return failed[1]
+    if done.returncode == 0:
+        return None
+    raise RuntimeError(f"pytest ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Try every mutant, print the table, write the figures; the status is 1 when one lives."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.mutants", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--jobs", type=int, default=2, help="test runs at a time")
+    parser.add_argument("--only", default="", help="mutants whose name contains this; nothing is written then")
+    parser.add_argument("--out", type=Path, default=RESULTS / "mutants.json", help="where the figures go")
+    options = parser.parse_args(arguments)
+    chosen = [mutant for mutant in MUTANTS if options.only in mutant.name]
+    began = time.perf_counter()
+    with ThreadPoolExecutor(options.jobs) as pool:
+        found = list(pool.map(run, [None, *chosen]))
+    unchanged, outcomes = found[0]["killer"], found[1:]
+    table = Table(title=f"{len(chosen)} mutants of the derivative engine")
+    for heading in ("mutant", "file", "killed by", "s"):
+        table.add_column(heading, justify="right" if heading == "s" else "left", overflow="fold")
+    rows = []
+    for mutant, outcome in zip(chosen, outcomes, strict=True):
+        rows.append({**mutant._asdict(), **outcome})
+        table.add_row(mutant.name, mutant.file, outcome["killer"] or "LIVES", f"{outcome['seconds']:.0f}")
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    killed = sum(row["killer"] is not None for row in rows)
+    print(f"{killed} of {len(rows)} killed in {time.perf_counter() - began:.0f} s; unchanged: {unchanged or 'passes'}")
+    if not options.only:
+        totals = {"mutants": len(rows), "killed": killed, "unchanged_passes": unchanged is None}
+        write(options.out, {**circumstances("benchmarks.mutants", arguments), **totals, "rows": rows})
+    return int(killed < len(rows) or unchanged is not None)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
