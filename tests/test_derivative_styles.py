@@ -391,9 +391,14 @@ def test_forward_levels_of_torch_do_not_nest() -> None:
         _jvp_in_a_level(f)
 
 
-def test_linearize_is_refused_and_the_way_out_named() -> None:
-    with pytest.raises(RuntimeError, match=r"cannot be traced.*use torch\.func\.jvp"):
-        linearize(FORMS["args"].solved(NEWTON), THETA)
+@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node")  # torch's own, from its constant folding
+@pytest.mark.parametrize("form", list(FORMS))
+def test_linearize_is_the_derivative_in_every_direction(form: str) -> None:
+    f, plain = FORMS[form].solved(NEWTON), FORMS[form].unrolled
+    _, linear = linearize(f, THETA)
+    for seed in range(3):
+        t = torch.randn(THETA.shape, generator=torch.Generator().manual_seed(seed), dtype=THETA.dtype)
+        assert_near(linear(t), torch.func.jvp(plain, (THETA,), (t,))[1])
 
 
 def test_forward_mode_in_a_level_composes_with_reverse_and_vmap() -> None:

@@ -72,7 +72,8 @@ class Backward:
         tape = self.tape
         if tape is None:
             call = partial(functional_call, self.problem.fn, self.state)
-            tape, _ = Tape.record(lambda *args: call(args), self.record.state.detach(), self.problem.args)
+            with torch.enable_grad():
+                tape, _ = Tape.record(lambda *args: call(args), self.record.state.detach(), self.problem.args)
             known = {id(t): i for i, t in enumerate(self.reads)}
             places = [known.get(id(t), -1) for t in tape.inputs]
         if tape.opaque or (places is not None and -1 in places):
@@ -139,7 +140,7 @@ class _Attach(torch.autograd.Function):
         z, *tensors = ctx.saved_tensors
         system = of.equation().system()
         if torch.is_grad_enabled():
-            return None, None, None, *gradients(system, grads[0], z, of.status, tensors)
+            return None, None, None, *gradients(system, grads[0], z, of.status, tensors, ctx.needs_input_grad[3:])
         u = solve_linear(system, True, grads[0], z, of.status, tensors)
         return None, u if of.problem.kind == "fixed_point" else -u, None, *(None for _ in tensors)
 

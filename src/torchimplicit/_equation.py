@@ -18,7 +18,7 @@ from ._problem import Problem
 from ._report import OnFailure, report_failures
 from ._solution import AdjointReport, Status
 from ._stages import solve
-from ._system import System, traced, untraced
+from ._system import System, untraced
 from ._tape import Tape, run_eagerly
 from .linear import AutogradJacobian, Inverse, ResidualJacobian
 from .solvers import Method
@@ -188,13 +188,6 @@ class Equation:
         dead = self.adjoint.without_gradient(status)
         before = self.problem.evaluations
         tensors = [t.detach() for t in tensors]
-        if traced():
-            # By `torch.func.linearize`: nothing may be decided by the values of v.
-            record = AutogradJacobian.at(lambda z: system.value(z, tensors), z, self.problem.count)
-            matrix = ResidualJacobian(record, shifted=system.kind == "fixed_point", transposed=transposed).dense()
-            identity = torch.eye(v.shape[1], dtype=v.dtype, device=v.device)
-            inverse = torch.linalg.inv_ex(torch.where(dead[:, None, None], identity, matrix))[0]
-            return torch.where(dead[:, None], 0.0, torch.bmm(inverse, v[:, :, None])[:, :, 0])
         with torch.no_grad(), self.problem.exact():
             record = AutogradJacobian.at(lambda z: system.value(z, tensors), z, self.problem.count)
             operator = ResidualJacobian(record, shifted=system.kind == "fixed_point")

@@ -19,7 +19,9 @@ from ._system import (
     pull_in_graph,
     push,
     refuse_forward_over_forward,
+    traced,
     transformed,
+    untraced,
 )
 
 functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
@@ -70,10 +72,13 @@ def solve_linear(
     return _LinearSolve.apply(system, transposed, v, z, status, *tensors)  # pyright: ignore[reportReturnType]
 
 
-def gradients(system: System, v: Tensor, z: Tensor, status: Tensor, tensors: Sequence[Tensor]) -> list[Tensor | None]:
-    """What the gradient `v` with respect to z* is with respect to each tensor; None for an integer one."""
+def gradients(
+    system: System, v: Tensor, z: Tensor, status: Tensor, tensors: Sequence[Tensor], needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """What the gradient `v` with respect to z* is with respect to each tensor that needs one; None for the others."""
     u = solve_linear(system, True, v, z, status, tensors)
-    places, fn = _of_some(system.residual, z, tensors)
+    places = [i for i, (t, need) in enumerate(zip(tensors, needed, strict=False)) if need and differentiable(t)]
+    fn = _at_places(system.residual, z, tensors, places)
     found = pull(fn, [tensors[i] for i in places], u)
     return _in_places(found, places, len(tensors))
 
@@ -98,7 +103,7 @@ class _Solve(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         z, status, donors, *tensors = _saved(ctx)
         wide = ctx.system.settings.isolated(tensors, donors)
-        found = gradients(ctx.system, grads[0], z, status, wide)[: len(tensors)]
+        found = gradients(ctx.system, grads[0], z, status, wide, ctx.needs_input_grad[2:])[: len(tensors)]
         if ctx.system.settings.failed:
             # Where every sample of a lane failed there is nobody to stand in.
             alive = ctx.system.settings.adjoint.without_gradient(status).logical_not().any()
@@ -113,6 +118,9 @@ class _Solve(torch.autograd.Function):
         if not places:
             return torch.zeros_like(z), None, None, None, None
         tensors = ctx.system.settings.isolated(tensors, donors)
+        if traced():
+            found = [tangents[2 + i] for i in places]
+            return _product_in_one(ctx.system, z, status, tensors, places, found), None, None, None, None
         fn = _at_places(ctx.system.residual, z, tensors, places)
         right = push(fn, [tensors[i] for i in places], [tangents[2 + i] for i in places], z)
         return solve_linear(ctx.system, False, right, z, status, tensors), None, None, None, None
@@ -149,7 +157,9 @@ class _LinearSolve(torch.autograd.Function):
         s = solve_linear(ctx.system, not ctx.transposed, grads[0], z, status, tensors)
         left, right = (u, s) if ctx.transposed else (s, u)
         # d⟨s, u⟩ = −⟨left, dA right⟩, and A = −∂r/∂z.
-        places = [i for i, t in enumerate(tensors) if _wanted(t)]
+        # A buffer needs none, and some operations refuse to hear of one.
+        needed = ctx.needs_input_grad[5:]
+        places = [i for i, t in enumerate(tensors) if needed[i] and differentiable(t)]
 
         def product(z: Tensor, *some: Tensor) -> Tensor:
             full = _filled(tensors, places, some)
@@ -162,6 +172,10 @@ class _LinearSolve(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         ctx.system.settings.require_exact()
+        if traced():
+            raise RuntimeError(
+                f"{ctx.system.kind}: torch.func.linearize of a derivative is not supported; use torch.func.jvp."
+            )
         u, z, status, *tensors = ctx.saved_tensors
         dv, dz = tangents[2], tangents[3]
         right = torch.zeros_like(u) if dv is None else dv
@@ -200,6 +214,27 @@ class _LinearSolve(torch.autograd.Function):
         return out.reshape(size, out.shape[0] // size, out.shape[1]), 0
 
 
+def _product_in_one(
+    system: System, z: Tensor, status: Tensor, tensors: Sequence[Tensor], places: list[int], tangents: list[Tensor]
+) -> Tensor:
+    """`dz/dθ` of the tensors in some places, formed, times their tangents: one product for a trace to keep."""
+    needed = [i in places for i in range(len(tensors))]
+    with untraced():
+        basis = torch.eye(z.numel(), dtype=z.dtype, device=z.device).reshape(-1, *z.shape)
+
+        def rows(v: Tensor) -> list[Tensor]:
+            found = gradients(system, v, z, status, tensors, needed)
+            return [g for g in found if g is not None]
+
+        parts = torch.func.vmap(rows)(basis) if len(basis) else []
+    total = torch.zeros_like(z).reshape(-1)
+    for part, tangent in zip(parts, tangents, strict=True):
+        both = (torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in (part, tangent))
+        matrix, vector = (t.reshape(n, -1) for t, n in zip(both, (len(basis), 1), strict=True))
+        total = total + (matrix.to(z.dtype) * vector.to(z.dtype)).sum(dim=1)
+    return total.reshape(z.shape)
+
+
 def _saved(ctx: Any) -> list[Tensor]:
     """The saved tensors; what `torch.func.vjp` returns may be called when its transform is over."""
     found = []
@@ -209,13 +244,6 @@ def _saved(ctx: Any) -> list[Tensor]:
             t, inner = inner, functorch.unwrap_if_dead(inner)
         found.append(t)
     return found
-
-
-def _of_some(
-    residual: Callable[[Tensor, Sequence[Tensor]], Tensor], z: Tensor, tensors: Sequence[Tensor]
-) -> tuple[list[int], Callable[..., Tensor]]:
-    places = [i for i, t in enumerate(tensors) if _wanted(t)]
-    return places, _at_places(residual, z, tensors, places)
 
 
 def _at_places(
@@ -228,11 +256,6 @@ def _at_places(
 def _randomness(info: Any) -> str:
     """That of a vmap; one that allows none has seen by now that fn draws none, or draws the same for all."""
     return "different" if info.randomness == "different" else "same"
-
-
-def _wanted(t: Tensor) -> bool:
-    """Whether a tensor may have a gradient: a buffer has none, and some operations refuse to hear of one."""
-    return differentiable(t) and (t.requires_grad or transformed())
 
 
 def _filled(tensors: Sequence[Tensor], places: list[int], some: Sequence[Tensor]) -> list[Tensor]:
