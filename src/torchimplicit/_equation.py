@@ -18,7 +18,7 @@ from ._problem import Problem
 from ._report import OnFailure, report_failures
 from ._solution import AdjointReport, Status
 from ._stages import solve
-from ._system import System, untraced
+from ._system import System, traced, untraced
 from ._tape import Tape, run_eagerly
 from .linear import AutogradJacobian, Inverse, ResidualJacobian
 from .solvers import Method
@@ -185,6 +185,11 @@ class Equation:
         self, system: System, transposed: bool, v: Tensor, z: Tensor, status: Tensor, tensors: Sequence[Tensor]
     ) -> Tensor:
         """`A⁻¹ v` or `A⁻ᵀ v`; zero for samples that have no derivative, and where the system cannot be solved."""
+        if traced():
+            raise RuntimeError(
+                f"{system.kind}: torch.func.linearize of a derivative is not supported: a solver cannot be traced; use "
+                "torch.func.jvp, under torch.func.vmap for several tangents."
+            )
         dead = self.adjoint.without_gradient(status)
         before = self.problem.evaluations
         tensors = [t.detach() for t in tensors]

@@ -172,10 +172,6 @@ class _LinearSolve(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         ctx.system.settings.require_exact()
-        if traced():
-            raise RuntimeError(
-                f"{ctx.system.kind}: torch.func.linearize of a derivative is not supported; use torch.func.jvp."
-            )
         u, z, status, *tensors = ctx.saved_tensors
         dv, dz = tangents[2], tangents[3]
         right = torch.zeros_like(u) if dv is None else dv

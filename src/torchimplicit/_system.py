@@ -98,7 +98,7 @@ def push(fn: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequenc
     def paired(c: Tensor) -> Tensor:
         total = torch.zeros((), dtype=like.dtype, device=like.device)
         for g, t in zip(pull_in_graph(fn, primals, c), tangents, strict=True):
-            total = total + (g.real * t.real + g.imag * t.imag if g.is_complex() else g * t).sum()
+            total = total + ((g.conj() * t).real if g.is_complex() else g * t).sum()
         return total
 
     (product,) = pull(paired, [torch.zeros_like(like)], torch.ones((), dtype=like.dtype, device=like.device))
