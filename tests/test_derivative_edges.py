@@ -1,6 +1,7 @@
 """Where derivatives could go wrong unseen: the start, contexts, what changes meanwhile, scales, failures, ensembles."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from tests.modes import (
     loss,
     normal,
 )
-from tests.problems import EXACT, SOLVERS, unrolled
+from tests.problems import EXACT, SOLVERS, TIGHT, unrolled
 
 NEWTON = SOLVERS["newton"]
 
@@ -321,6 +322,50 @@ def test_a_failed_sample_has_zero_derivatives_and_leaves_the_others_alone(mode: 
     assert torch.equal(blocks[:, 1], torch.zeros_like(blocks[:, 1]))
     assert_near(blocks[:, [0, 2]].flatten(), two.flatten())
     assert_near(shared, alone)
+
+
+def _bad_input(a: Tensor, weight: Tensor) -> Tensor:
+    fn = lambda z, a: 0.5 * (z + weight * torch.sqrt(a) ** 2 / z)  # noqa: E731
+    return ti.fixed_point(fn, torch.ones_like(a), a, batch_dims=1, on_failure="ignore").value
+
+
+def _bad_state(a: Tensor, weight: Tensor) -> Tensor:
+    fn = lambda z, a: weight * torch.sqrt(z) + a.abs()  # noqa: E731
+    return ti.fixed_point(fn, a, a, batch_dims=1, solver=ti.Picard(rtol=TIGHT), on_failure="ignore").value
+
+
+@pytest.mark.parametrize("fn", [_bad_input, _bad_state])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        "create_graph",
+        "func",
+    ],
+)
+def test_a_failed_sample_leaves_shared_parameters_alone(fn: Callable[..., Tensor], mode: str) -> None:
+    """Where fn is not finite for a sample, neither is its derivative in what the samples share."""
+    a = torch.tensor([[2.0], [-1.0], [3.0]], dtype=torch.float64)
+    weight = torch.tensor(1.5, dtype=torch.float64)
+
+    def derivatives(a: Tensor) -> tuple[Tensor, Tensor]:
+        total = lambda weight: (fn(a, weight) ** 3).sum()  # noqa: E731
+        if mode == "func":
+            return grad(total)(weight), grad(grad(total))(weight)
+        leaf = weight.clone().requires_grad_()
+        (first,) = torch.autograd.grad(total(leaf), leaf, create_graph=True)
+        return first.detach(), torch.autograd.grad(first, leaf)[0]
+
+    for ours, alone in zip(derivatives(a), derivatives(a[[0, 2]]), strict=True):
+        assert_near(ours, alone)
+
+
+def test_a_failed_sample_is_no_failure_of_the_derivative_as_well() -> None:
+    """Its linear system is not solved, only left out: one warning, of the solve itself."""
+    a = torch.tensor([[2.0], [-1.0], [3.0]], dtype=torch.float64)
+    fn = lambda z, a: 0.5 * (z + a / z) + 0 * torch.log(a)  # noqa: E731
+    with pytest.warns(ti.ConvergenceWarning) as told:
+        grad(lambda a: ti.fixed_point(fn, torch.ones_like(a), a, batch_dims=1).value.sum())(a)
+    assert len(told) == 1 and "derivative" not in str(told[0].message)
 
 
 # --- ensembles -------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
 from torch.utils.checkpoint import checkpoint
 
@@ -22,26 +22,15 @@ from tests.modes import (
     THETA,
     Function,
     Map,
+    X,
     assert_near,
     case_of,
     check,
     loss,
 )
-from tests.problems import EXACT, SOLVERS, TIGHT, unrolled
+from tests.problems import EXACT, SOLVERS, unrolled
 
 NEWTON = SOLVERS["newton"]
-
-
-# --- torch's own checks ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["closure", "args", "root", "minimize", "least_squares"])
-def test_gradcheck_in_every_mode(name: str) -> None:
-    case = (FORMS | OTHERS)[name]
-    f = case.solved(ti.LevenbergMarquardt(rtol=TIGHT) if name == "least_squares" else NEWTON)
-    leaf = THETA.clone().requires_grad_()
-    assert gradcheck(f, leaf, check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=True)
-    assert gradgradcheck(f, leaf, check_fwd_over_rev=True)
 
 
 # --- how fn is written -----------------------------------------------------------------------------------------------
@@ -78,6 +67,11 @@ def many_outputs(z: Tensor, W: Tensor, x: Tensor) -> Tensor:
     return torch.stack(rows, dim=1) + 0.1 * z.max(dim=1, keepdim=True).values + 0.05 * torch.sort(z, dim=1)[0]
 
 
+def lists(z: Tensor, W: Tensor, x: Tensor) -> Tensor:
+    columns = torch.stack([torch.tanh(z @ W[0] + x[:, 0]), torch.tanh(z @ W[1] + x[:, 1])])
+    return torch.cat((columns[:1], columns[1:])).T
+
+
 def keywords(z: Tensor, W: Tensor, x: Tensor) -> Tensor:
     return torch.nn.functional.linear(input=z, weight=W, bias=None).add(x, alpha=0.9).tanh()
 
@@ -104,6 +98,7 @@ STYLES = (
     through_views,
     constants,
     many_outputs,
+    lists,
     keywords,
     held_constant,
     algebra,
@@ -129,6 +124,27 @@ def test_branches_on_values(mode: str) -> None:
         return torch.tanh(z @ W.T + x) if z[0, 0] < 5 else z
 
     check(case_of(fn, lambda z, W, x: torch.tanh(z @ W.T + x)), mode)
+
+
+@pytest.mark.parametrize("mode", ["reverse", "reverse_for_more", "reverse_twice", "grad", "jacrev"])
+def test_what_is_written_in_place_without_a_graph(mode: str) -> None:
+    def fn(z: Tensor, W: Tensor, x: Tensor) -> Tensor:
+        y = z @ W.T + x
+        with torch.no_grad():
+            y += W.sum()
+        return torch.tanh(y)
+
+    check(case_of(fn), mode)
+
+
+@pytest.mark.parametrize("mode", ["forward", "grad", "jvp"])
+def test_tensors_that_are_read_at_the_solution_only_are_refused(mode: str) -> None:
+    def fn(z: Tensor, W: Tensor, x: Tensor) -> Tensor:
+        at_start = z.detach().abs().max().item() == 0
+        return torch.tanh(x) if at_start else torch.tanh(0.1 * z @ X + 0.1 * W + x)
+
+    with pytest.raises(RuntimeError, match="differ from call to call"):
+        MODES[mode](case_of(fn).solved(NEWTON))
 
 
 @pytest.mark.parametrize("mode", ["reverse", "reverse_for_more", "reverse_twice"])

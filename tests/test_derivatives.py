@@ -4,9 +4,10 @@ from functools import cache
 
 import pytest
 from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
 
 import torchimplicit as ti
-from tests.modes import FORMS, MODES, OTHERS, Case, assert_near
+from tests.modes import FORMS, MODES, OTHERS, THETA, Case, assert_near
 from tests.problems import SOLVERS, TIGHT
 
 CASES = FORMS | OTHERS
@@ -41,3 +42,12 @@ def test_derivatives_do_not_depend_on_the_solver(solver: str, case: str, mode: s
 @pytest.mark.parametrize("case", ["minimize", "least_squares", "root"])
 def test_derivatives_with_the_default_solver(case: str, mode: str) -> None:
     assert_near(MODES[mode](OTHERS[case].solved(SOLVERS["auto"])), reference(case, mode))
+
+
+@pytest.mark.parametrize("name", ["closure", "args", "root", "minimize", "least_squares"])
+def test_gradcheck_in_every_mode(name: str) -> None:
+    case = CASES[name]
+    f = case.solved(ti.LevenbergMarquardt(rtol=TIGHT) if name == "least_squares" else SOLVERS["newton"])
+    leaf = THETA.clone().requires_grad_()
+    assert gradcheck(f, leaf, check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=True)
+    assert gradgradcheck(f, leaf, check_fwd_over_rev=True)

@@ -108,7 +108,7 @@ class Tape:
                 found = pytree.tree_leaves(out)
                 read = [slot for _, slot in step.reads]
                 for place, slot in step.makes:
-                    # Forward mode would look through `no_grad`; what is written in place keeps the graph it has.
+                    # Forward mode would look through `no_grad`.
                     values[slot] = found[place] if step.recording or slot in read else found[place].detach()
         leaves = list(self._out[0])
         for place, slot in self._outputs:
@@ -194,7 +194,8 @@ class _Recording(TorchFunctionMode):
         if makes or (reads and out is None):  # the latter writes: an assignment by index, say
             recording = torch.is_grad_enabled()
             if not recording:
-                self._unseen.update((slot, _is_dual(self._kept[slot])) for _, slot in makes)
+                read = [slot for _, slot in reads]  # what is written in place keeps the graph it has
+                self._unseen.update((slot, _is_dual(self._kept[slot])) for _, slot in makes if slot not in read)
             device = self._kept[0].device.type
             autocast = (device, torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
             self._tape._operations.append(_Operation(func, leaves, spec, reads, makes, recording, autocast))
