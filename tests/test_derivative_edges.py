@@ -423,3 +423,17 @@ def test_vmap_over_any_dim_of_some_arguments(dim: int) -> None:
     weights = W * torch.tensor([0.5, 1.0, 1.5], dtype=torch.float64)[:, None, None]
     alone = torch.stack([f(w, xs[0]) for w in weights])
     assert_near(vmap(f, in_dims=(dim, None))(weights.movedim(0, dim), xs[0]), alone)
+
+
+def test_what_comes_in_for_a_failed_sample_is_of_no_interest() -> None:
+    x = torch.tensor([[0.5], [torch.nan], [1.0]], dtype=torch.float64).requires_grad_()
+    fn = lambda z, x: 0.5 * torch.sin(z) + x  # noqa: E731
+    v = torch.tensor([[1.0], [torch.nan], [1.0]], dtype=torch.float64)
+    solution = ti.fixed_point(fn, torch.zeros_like(x), x, batch_dims=1, on_failure="ignore")
+    (gradient,) = torch.autograd.grad(solution.value, x, v, create_graph=True)
+    assert gradient[1] == 0
+    assert gradient.isfinite().all()
+    assert solution.adjoint.status is not None
+    assert solution.adjoint.status.flatten().tolist() == [0, int(ti.Status.NONFINITE), 0]
+    assert solution.adjoint.residual is not None
+    assert solution.adjoint.residual[1] == 0
