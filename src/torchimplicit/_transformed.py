@@ -25,7 +25,7 @@ def needs_rules(problem: Problem, start: Tensor) -> bool:
     if forward_ad._current_level < 0:
         return False
     tape = _tape(problem, start)
-    return any(_is_dual(t) for t in tape.inputs)
+    return tape.opaque or any(_is_dual(t) for t in tape.inputs)  # what is out of sight may be dual: refused there
 
 
 def run_transformed(
