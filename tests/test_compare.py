@@ -104,7 +104,7 @@ def test_residuals_are_those_of_the_returned_values_in_the_norm_of_the_tolerance
         low, high = residual.sort().values[1:3]
         assert row.worst_residual == pytest.approx(float(residual.max()), rel=1e-6, abs=1e-15)
         assert row.residual == pytest.approx(float(low + high) / 2, rel=1e-6, abs=1e-15)
-        assert row.tolerance == 1e-8 >= row.worst_residual
+        assert row.worst_residual <= row.tolerance == pytest.approx(1e-8)
     largest = ti.compare_solvers(linear, 0 * B, B, batch_dims=1, solvers=[ti.Picard(norm="max")], repeats=1).rows[0]
     residual = (linear(largest.value, B) - largest.value).abs().amax(dim=1)
     assert largest.worst_residual == pytest.approx(float(residual.max()), rel=1e-6)

@@ -46,12 +46,12 @@ class Outcome:
 class Books:
     """Per-sample bookkeeping: who runs, the best finite iterate, and what each sample returns.
 
-    Fields of the loop have the rows at hand first, what is settled the whole batch.
+    Tensors of the loop, and of what changes in it, have the rows at hand first; those of what is settled, or seldom
+    looked at, have the whole batch: to go on with some rows alone is then little work.
 
     Attributes:
         active: bool, the rows that run; None while all do.
         left: how many run.
-        first: the residual's norm at the start, of the rows at hand.
     """
 
     def __init__(
@@ -62,32 +62,35 @@ class Books:
         self._progress = solver.progress if stage.progress is None else stage.progress
         self._tolerance = self._whole = tolerance
         self._step = 0
-        self._norm = self.first = self._peak = norm
         # The start of a later stage is an iterate like any other: what it must have fallen from is where all began.
         self._later = only is not None
-        if self._later:
-            self._peak = torch.fmax(norm, tolerance.first)
-        self._z = self._best_z = z
-        self._best = norm
-        self._reference, self._looked = self._best, 0
         self._samples: Tensor | None = None
-        self._settled_z, self._settled, self._settled_peak = z.clone(), norm.clone(), norm.clone()
+        self._z = self._best_z = z
+        self._norm = self._best = norm
+        self._first = self._reference = norm
+        self._looked = 0
+        self._peak = torch.fmax(norm, tolerance.first) if self._later else norm
+        self._fallen = self._fallen_at_first = tolerance.fallen(self._peak)
+        self._risen = False
+        self._settled_z, self._settled = z.clone(), norm.clone()
         self._ended = torch.zeros_like(norm, dtype=torch.long)
-        self._status = torch.full_like(self._ended, _RUNNING)
+        self._status = torch.zeros_like(self._ended)
         self._failures = False
-        self.active = only
-        self.left = norm.numel()
-        if only is not None:
-            self.active, self.left = only.clone(), int(only.sum())
-            self._status = torch.where(only, _RUNNING, int(Status.CONVERGED))
-        limit = tolerance.limit(evaluation, self._peak if self._later else None)
-        if not bool(((norm > limit) & (norm < torch.inf)).all()):
+        self.active = None if only is None else only.clone()
+        self.left = norm.numel() if only is None else int(only.sum())
+        limit = tolerance.limit(evaluation, self._fallen if self._later else None)
+        if not bool(((norm >= limit) & (norm < torch.inf)).all()):
             self._best = self._reference = torch.where(norm.isnan(), torch.inf, norm)
-            within = norm <= limit
+            within = norm < limit
             if self._later and tolerance.asks_more:
                 within &= tolerance.confirmed(z, evaluation, norm)
             status = torch.where(within, int(Status.CONVERGED), _RUNNING)
             self._settle(z, norm, torch.where(norm.isfinite(), status, int(Status.NONFINITE)))
+
+    @property
+    def first(self) -> Tensor:
+        """The residual's norm at the start, of the rows at hand."""
+        return self._of(self._first)
 
     def worth_keeping(self, crowd: float) -> Tensor | None:
         """Indices of the rows that run, once there are `crowd` times as many at hand; else None."""
@@ -95,52 +98,65 @@ class Books:
             return None
         return self.active.nonzero()[:, 0]
 
-    def select(self, rows: Tensor, problem: Problem) -> None:
-        """Go on with some rows alone, by their indices: the ones that run."""
+    def select(self, rows: Tensor, problem: Problem, z: Tensor) -> None:
+        """Go on with some rows alone, by their indices: the ones that run, whose states are `z`."""
         self._samples = rows if self._samples is None else self._samples.index_select(0, rows)
         self._tolerance = self._tolerance.select(rows, problem)
-        same = {"_best_z": self._best_z is self._z, "_best": self._best is self._norm}
-        for name in ("_norm", "first", "_peak", "_z", "_best_z", "_best", "_reference"):
-            if not same.get(name):
-                setattr(self, name, getattr(self, name).index_select(0, rows))
-        if same["_best_z"]:
-            self._best_z = self._z
-        if same["_best"]:
-            self._best = self._norm
+        self._best_z = z if self._best_z is self._z else self._best_z.index_select(0, rows)
+        self._z = z
+        norm = self._norm.index_select(0, rows)
+        self._best = norm if self._best is self._norm else self._best.index_select(0, rows)
+        self._norm = norm
+        self._fallen = self._fallen.index_select(0, rows)
         self.active = None
 
     def spread(self, norm: Tensor) -> Tensor:
-        """Norms of the rows at hand as norms of all samples."""
-        return norm if self._samples is None else self._settled.index_copy(0, self._samples, norm)
+        """Norms of the rows at hand as norms of all samples, in the unit of the tolerance."""
+        norm = norm if self._samples is None else self._settled.index_copy(0, self._samples, norm)
+        return norm * self._tolerance.unit
 
     def current(self, norm: Tensor) -> Tensor:
         """What the residuals of all samples have come to, given those of the rows at hand."""
-        return torch.where(self._status == _RUNNING, self.spread(norm), self._settled)
+        if self.active is not None:
+            norm = torch.where(self.active, norm, self._of(self._settled))
+        return self.spread(norm)
 
     def enter(self, step: int, z: Tensor, evaluation: Evaluation, norm: Tensor, failure: Tensor | None) -> None:
         """Take note of the iterate after `step`."""
         self._step, self._z = step, z
-        within = norm <= self._tolerance.limit(evaluation, self._peak)
+        limit = self._tolerance.limit(evaluation, self._fallen)
+        look = step - self._looked >= self._patience
+        if failure is None and not look and self.active is None and torch.equal(norm, norm.clamp(limit, self._best)):
+            # The usual case: nobody is done, no residual rose, and the new iterate is the best one. NaN equals nothing,
+            # and no limit is zero, so that a residual of zero is not overlooked.
+            self._best_z, self._best, self._norm = z, norm, norm
+            return
+        within = norm < limit
         if self._tolerance.asks_more:
             candidates = within if self.active is None else within & self.active
             if bool(candidates.any()):
                 within = within & self._tolerance.confirmed(z, evaluation, norm)
         better = norm <= self._best
-        look = step - self._looked >= self._patience
         quiet = better if self.active is None else better | ~self.active
         if failure is None and not look and bool(quiet.all()):
-            # The usual case, no residual rose: the new iterate is the best one, nothing to sort out.
+            # No residual rose: the new iterate is the best one, nothing to sort out.
             self._best_z, self._best = z, norm
             finished = within if self.active is None else within & self.active
-            rows = finished.nonzero()[:, 0]
-            if rows.numel():
-                self._end(rows, z, norm, int(Status.CONVERGED))
+            self._end(finished.nonzero()[:, 0], z, norm, None)
         else:
             failed = self._sort_out(z, norm, better, failure)
             if look:
                 failed = torch.where(failed == _RUNNING, self._look(step, norm), failed)
             self._settle(z, norm, torch.where(within, int(Status.CONVERGED), failed))
         self._norm = norm
+
+    def _of(self, whole: Tensor) -> Tensor:
+        """Of the rows at hand."""
+        return whole if self._samples is None else whole.index_select(0, self._samples)
+
+    def _put(self, whole: Tensor, rows: Tensor) -> Tensor:
+        """`whole`, with the values of the rows at hand."""
+        return rows if self._samples is None else whole.index_copy(0, self._samples, rows)
 
     def _settle(self, z: Tensor, norm: Tensor, status: Tensor) -> None:
         """Settle what the rows return that run and whose `status` is no longer `_RUNNING`."""
@@ -154,25 +170,33 @@ class Books:
             value = torch.where(converged[:, None], z, self._best_z)
             self._end(rows, value, torch.where(converged, norm, self._best), status)
 
-    def _end(self, rows: Tensor, z: Tensor, norm: Tensor, status: Tensor | int) -> None:
-        """Some rows, by their indices, end here with this value, residual norm and status."""
-        samples = rows if self._samples is None else self._samples.index_select(0, rows)
-        self._settled_z.index_copy_(0, samples, z.index_select(0, rows))
-        self._settled.index_copy_(0, samples, norm.index_select(0, rows))
-        self._settled_peak.index_copy_(0, samples, self._peak.index_select(0, rows))
+    def _end(self, rows: Tensor, z: Tensor, norm: Tensor, status: Tensor | None) -> None:
+        """Some rows, by their indices, end here with this value, residual norm and status; None is CONVERGED."""
+        count, everyone = rows.numel(), self._norm.numel()
+        if not count:
+            return
+        samples = rows if self._samples is None else self._samples
+        if count < everyone:
+            samples = rows if self._samples is None else self._samples.index_select(0, rows)
+            z, norm = z.index_select(0, rows), norm.index_select(0, rows)
+            status = None if status is None else status.index_select(0, rows)
+            if self.active is None:
+                self.active = torch.ones_like(self._norm, dtype=torch.bool)
+            self.active.index_fill_(0, rows, False)
+        self._settled_z.index_copy_(0, samples, z)
+        self._settled.index_copy_(0, samples, norm)
         self._ended.index_fill_(0, samples, self._step)
-        if isinstance(status, Tensor):
-            self._status.index_copy_(0, samples, status.index_select(0, rows))
-        else:
-            self._status.index_fill_(0, samples, status)
-        if self.active is None:
-            self.active = torch.ones_like(norm, dtype=torch.bool)
-        self.active.index_fill_(0, rows, False)
-        self.left -= rows.numel()
+        if status is not None:
+            self._status.index_copy_(0, samples, status)
+        self.left -= count
 
     def _sort_out(self, z: Tensor, norm: Tensor, better: Tensor, failure: Tensor | None) -> Tensor:
         """Keep the best iterate; returns the failure status of each sample, `_RUNNING` for none."""
-        self._peak = torch.fmax(self._peak, norm)
+        before = self._of(self._peak)
+        peak = torch.fmax(before, norm)
+        if self.active is not None:
+            peak = torch.where(self.active, peak, before)
+        self._peak, self._fallen, self._risen = self._put(self._peak, peak), self._tolerance.fallen(peak), True
         self._best_z = torch.where(better[:, None], z, self._best_z)
         self._best = torch.where(better, norm, self._best)
         failed = torch.where(norm > _DIVERGENCE * self.first, int(Status.DIVERGED), _RUNNING)
@@ -183,8 +207,8 @@ class Books:
 
     def _look(self, step: int, norm: Tensor) -> Tensor:
         """Who has stalled: whose best residual is hardly better than at the last look, `patience` steps ago."""
-        stuck = ~(self._best < self._progress * self._reference)
-        self._reference, self._looked = self._best, step
+        stuck = ~(self._best < self._progress * self._of(self._reference))
+        self._reference, self._looked = self._put(self._reference, self._best), step
         kind = torch.where(norm > _GROWN * self._best, int(Status.DIVERGED), int(Status.STALLED))
         return torch.where(stuck, kind, _RUNNING)
 
@@ -194,9 +218,12 @@ class Books:
             unfinished = torch.full_like(self._norm, int(Status.MAX_STEPS), dtype=torch.long)
             self._settle(self._z, self._norm, unfinished)
         z, residual, status = self._settled_z, self._settled, self._status
-        peak = self._settled_peak
+        peak = self._peak
         clean = not self._failures
-        credible = self._whole.credible(problem, z, peak) if self._step or self._later else None
+        credible = None
+        if self._step or self._later:
+            fallen = self._whole.fallen(peak) if self._risen else self._fallen_at_first
+            credible = self._whole.credible(problem, z, fallen)
         if credible is not None and not bool(credible.all()):
             moved = self._ended > (-1 if self._later else 0)
             doubtful = (status == int(Status.CONVERGED)) & moved & ~credible
@@ -212,6 +239,7 @@ class Books:
             # Nothing non-finite leaves the library, not even a start that was not finite.
             z = torch.where(z.isfinite(), z, 0.0)
             residual = torch.where(finite, residual, torch.inf)
+        residual = residual * self._whole.unit
         trace = None
         if history is not None:
             rows = torch.stack(history) if history else residual.new_zeros(0, residual.numel())

@@ -42,14 +42,14 @@ def iterate(
     whole, solver = problem, stage.solver
     every = keep_trace or progress is not None
     evaluation = problem.evaluate(z) if evaluation is None else evaluation
-    norm = tolerance.norm(evaluation.residual)
+    norm = tolerance.of(evaluation)
     books = Books(tolerance, stage, z, evaluation, norm, only)
     rows = None if only is None else books.worth_keeping(problem.crowd)
     part = None if rows is None else problem.select(rows, z, evaluation, books.first)
     if rows is not None and part is not None:
         # Of a later stage, which has only a few of the samples to solve.
         problem, z, evaluation = part, z.index_select(0, rows), evaluation.select(rows)
-        books.select(rows, part)
+        books.select(rows, part, z)
     state = solver.init(problem, z, evaluation)
     history: list[Tensor] = []
     step = 0
@@ -61,7 +61,7 @@ def iterate(
         step += taken.count
         check = step % solver.check_every == 0 or step == max_steps or taken.failure is not None or taken.look
         if check or every:
-            norm = tolerance.norm(evaluation.residual)
+            norm = tolerance.of(evaluation)
             if keep_trace:
                 history.append(books.spread(norm))
             if check:
@@ -74,6 +74,6 @@ def iterate(
                 if rows is not None and part is not None:
                     problem, state = part, solver.select(state, rows)
                     z, evaluation = z.index_select(0, rows), evaluation.select(rows)
-                    books.select(rows, part)
+                    books.select(rows, part, z)
     outcome = books.close(whole, history if keep_trace else None)
     return replace(outcome, inverse=solver.inverse(state)) if problem.keeps_inverse and step else outcome

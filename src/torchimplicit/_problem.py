@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ._layout import Layout
+from ._norms import two
 from ._objective import Gradient
 from ._purity import Purity
 from ._tape import Tape
@@ -29,7 +30,7 @@ class Evaluation:
     The residual is computed when it is first looked at: a plain Picard step between two checks never does.
     """
 
-    __slots__ = ("_residual", "_start", "_target", "objective", "value")
+    __slots__ = ("_norm", "_residual", "_start", "_target", "objective", "value")
 
     def __init__(
         self,
@@ -44,6 +45,7 @@ class Evaluation:
         self._start = start
         self._residual = residual
         self._target = target
+        self._norm: Tensor | None = None
 
     @property
     def residual(self) -> Tensor:
@@ -51,6 +53,13 @@ class Evaluation:
         if self._residual is None:
             self._residual = -self.value if self._start is None else self.value - self._start
         return self._residual
+
+    @property
+    def norm(self) -> Tensor:
+        """`‖r‖₂` of each sample, `(B,)`: the loop and most solvers look at it, and it is computed once."""
+        if self._norm is None:
+            self._norm = two(self.residual)
+        return self._norm
 
     @property
     def target(self) -> Tensor:

@@ -6,7 +6,7 @@ from copy import copy
 import torch
 from torch import Tensor
 
-from ._norms import norm_function
+from ._norms import norm_function, two
 from ._problem import Evaluation, Problem
 from .solvers import Method
 
@@ -19,23 +19,33 @@ _FURTHER = 64.0
 class Tolerance:
     """The test `‖r(z)‖ ≤ atol + rtol·scale` of one solve.
 
+    Norms are kept in the unit in which they cost least: the root mean square is the two-norm but for a factor.
+
     Attributes:
-        norm: the solver's norm, `(B, n) -> (B,)`.
+        norm: the solver's norm but for that factor, `(B, n) -> (B,)`.
+        unit: the factor.
         first: the initial residual's norm, `(B,)`.
         asks_more: whether a residual within the limit must be `confirmed` too.
     """
 
     def __init__(self, problem: Problem, method: Method, z0: Tensor, start: Evaluation) -> None:
-        self.norm: Callable[[Tensor], Tensor] = norm_function(method.norm)
+        self._euclidean = method.norm in ("rms", "two")
+        self.norm: Callable[[Tensor], Tensor] = two if self._euclidean else norm_function(method.norm)
+        self.unit = max(z0.shape[1], 1) ** -0.5 if method.norm == "rms" else 1.0
         self._problem = problem
         epsilon = problem.epsilon
         # Roots are compared with where they began, and solved superlinearly: to ask for more costs no more than a step.
         default = epsilon ** (2 / 3 if problem.kind == "fixed_point" else 3 / 4)
         self._rtol = default if method.rtol is None else method.rtol
-        first = self.first = self.norm(start.residual)
+        first = self.first = self.of(start)
         # Without an absolute tolerance of the user's a residual reduced by 1/ε counts as zero: it has no units.
-        self._atol = method.atol if method.atol is not None else epsilon * _finite(first)
-        self._least = method.atol or 0.0
+        # To be below the next number above is to be no larger; and none of these limits is zero.
+        self._above, least = 1 + 4 * torch.finfo(first.dtype).eps, torch.finfo(first.dtype).tiny
+        self._least = max((method.atol or 0.0) / self.unit * self._above, least)
+        if method.atol is None:
+            self._atol = (epsilon * self._above * _finite(first)).clamp_min_(least)
+        else:
+            self._atol = first.new_full((), self._least)
         self._z0 = z0
         self.asks_more = problem.kind != "fixed_point" and method.rtol is None
 
@@ -43,18 +53,23 @@ class Tolerance:
         """The tolerance of some samples alone, by their indices."""
         part = copy(self)
         part._problem = problem
-        part.first = self.first.index_select(0, samples)
-        part._z0 = self._z0.index_select(0, samples)
-        if isinstance(self._atol, Tensor):
+        if self._atol.ndim:
             part._atol = self._atol.index_select(0, samples)
+        if problem.kind != "fixed_point":  # whose tolerance does not look back
+            part.first = self.first.index_select(0, samples)
+            part._z0 = self._z0.index_select(0, samples)
         return part
 
-    def limit(self, evaluation: Evaluation, peak: Tensor | None = None) -> Tensor | float:
-        """What the residual's norm must not exceed at this evaluation, `(B,)` or one number for all.
+    def of(self, evaluation: Evaluation) -> Tensor:
+        """The residual's norm at an evaluation, `(B,)`."""
+        return evaluation.norm if self._euclidean else self.norm(evaluation.residual)
+
+    def limit(self, evaluation: Evaluation, fallen: Tensor | None = None) -> Tensor:
+        """What the residual's norm must be below at this evaluation, `(B,)` or one for all; never zero.
 
         Args:
             evaluation: where.
-            peak: largest residual on the way here, `(B,)`; None at the start.
+            fallen: what it must have fallen below on the way here, `(B,)`; None at the start.
         """
         if self._rtol == 0.0:
             return self._atol
@@ -62,9 +77,9 @@ class Tolerance:
         scale = self._problem.scale(evaluation, self.norm)
         if scale is None:
             return self._atol + rtol * _finite(self.first)
-        limit = self._atol + rtol * scale
+        limit = torch.add(self._atol, scale, alpha=rtol)
         # A residual that has not fallen is no evidence, however far z has run: z ← z + c passes any relative test.
-        return limit if peak is None else torch.minimum(limit, self._fallen(peak))
+        return limit if fallen is None else torch.minimum(limit, fallen)
 
     def confirmed(self, z: Tensor, evaluation: Evaluation, norm: Tensor) -> Tensor:
         """Whether a root is as near as its residual is small, `(B,)`; asked of the default tolerance only.
@@ -76,17 +91,18 @@ class Tolerance:
         change = self._noise(self._problem, z, evaluation, self._problem.epsilon ** (2 / 3) * size)
         return (norm <= self.norm(change)) | (norm <= self._least)
 
-    def credible(self, problem: Problem, z: Tensor, peak: Tensor) -> Tensor | None:
+    def credible(self, problem: Problem, z: Tensor, fallen: Tensor) -> Tensor | None:
         """Whether a fixed point's rounding is small beside the fall of its residual, `(B,)`; None for a root.
 
         Far enough out `z + c` rounds to z, and the residual of a map without a fixed point to zero.
         """
         if problem.kind == "root":
             return None
-        return problem.epsilon * self.norm(z) <= self._fallen(peak)
+        return problem.epsilon * self.norm(z) <= fallen
 
-    def _fallen(self, peak: Tensor) -> Tensor:
-        return (0.5 * peak).clamp_min(self._least)
+    def fallen(self, peak: Tensor) -> Tensor:
+        """What a residual must have fallen below from its peak, `(B,)`, to be evidence: about half, or `atol`."""
+        return (0.5 * self._above * peak).clamp_min_(self._least)
 
     def reached(self, problem: Problem, z: Tensor, norm: Tensor, evaluation: Evaluation, peak: Tensor) -> Tensor:
         """Whether a residual is no more than rounding, `(B,)`: nothing smaller can be reached in this dtype.
@@ -99,7 +115,7 @@ class Tolerance:
         epsilon = problem.epsilon
         scale = problem.scale(evaluation, self.norm)
         if scale is not None:
-            return (norm <= _REACH * epsilon * scale) & (_REACH * epsilon * scale <= self._fallen(peak))
+            return (norm <= _REACH * epsilon * scale) & (_REACH * epsilon * scale <= self.fallen(peak))
         noise = self._noise(problem, z, evaluation, _REACH * epsilon * z)
         within = (evaluation.residual.abs() <= noise).all(dim=1)
         small = norm <= epsilon**0.5 * torch.maximum(peak, _finite(self.first))
@@ -121,4 +137,4 @@ class Tolerance:
 
 def _finite(norm: Tensor) -> Tensor:
     """The norm where it is finite, else 0: an infinite start must not make everything small."""
-    return torch.where(norm.isfinite(), norm, 0.0)
+    return norm.nan_to_num(0.0, 0.0, 0.0)

@@ -138,7 +138,7 @@ class Case:
             found = problem.evaluate(self._pack(solution.value))
             tolerance = Tolerance(problem, solver, self.start, self.first)
             residual, first = norm(found.residual), norm(self.first.residual)
-            limit = torch.as_tensor(tolerance.limit(found), dtype=residual.dtype, device=residual.device)
+            limit = (tolerance.unit * tolerance.limit(found)).expand_as(residual)
         residual = torch.where(residual.isfinite(), residual, torch.inf)
         status, told = solution.status.reshape(-1), solution.residual.reshape(-1)
         claimed = status == int(Status.CONVERGED)
@@ -150,7 +150,7 @@ class Case:
         # A start at which fn is not finite has no tolerance; a solver that found another start has its own.
         known = first.isfinite()
         chosen = claimed & known if bool((claimed & known).any()) else known
-        limits = limit.expand_as(residual)[chosen] if bool(known.any()) else limit.new_full((1,), torch.nan)
+        limits = limit[chosen] if bool(known.any()) else limit.new_full((1,), torch.nan)
         return SolverResult(
             name=name,
             solver=solver,

@@ -9,17 +9,20 @@ from .._norms import two
 from .._solution import Status
 from ._solver import LinearOperator, LinearSolution, LinearSolver
 
-_CHECK_EVERY = 12
+_FIRST, _NEXT = 12, 8
+"""Steps to the first look at the norms, and from one to the next."""
 
 
 @dataclass(frozen=True)
 class Neumann(LinearSolver):
     """`x = Σₖ (I − A)ᵏ b` (Richardson's iteration with unit step), which converges where `ρ(I − A) < 1`.
 
-    A step is one product and one addition; every twelfth time the norms are looked at, and samples that are done leave
-    the batch. `GMRES` needs fewer steps, but each costs several times as much beside the product. A sample whose
-    residual does not fall by `slowest` per step, measured over `patience` looks at it, is given up as STALLED; one
-    that runs out of steps is MAX_STEPS. Either has what was summed for its value, or zero if that is no better.
+    A step is one product and one addition. After twelve, and then after every eight, the norms are looked at, samples
+    that are done leave the batch, and the next step is as long as makes the residual smallest: by then little is left
+    of it but the slowest mode, which that step removes if it is a real one (a minimal residual step; Saad 2003, §5.3.2).
+    `GMRES` needs fewer steps, but each costs several times as much beside the product. A sample whose residual does not
+    fall by `slowest` per step, measured over `patience` looks at it, is given up as STALLED; one that runs out of steps
+    is MAX_STEPS. Either has what was summed for its value, or zero if that is no better.
 
     Args:
         max_steps: products at most.
@@ -46,7 +49,7 @@ class Neumann(LinearSolver):
         # NaN counts as above the target, here and below.
         above = (size <= target).logical_not_()
         divisible = getattr(operator, "divisible", True)
-        taken = 0
+        taken = looked = looks = 0
         while True:
             left = above.nonzero()[:, 0]
             if left.numel() < above.numel():
@@ -58,17 +61,16 @@ class Neumann(LinearSolver):
                 else:
                     rows.running = above
             # Norms are looked at every few steps, always the same ones.
-            terms = min(_CHECK_EVERY, self.max_steps - taken)
-            total, rows.residual = rows.operator.neumann(rows.residual, terms)
-            rows.value = rows.value + total
-            rows.norm = two(rows.residual)
+            terms = min(_NEXT if taken else _FIRST, self.max_steps - taken)
+            rows.advance(terms, first=not taken)
             taken += terms
+            looks += 1
             above = (rows.norm <= rows.target).logical_not_()
             if taken >= self.max_steps:
                 above.zero_()
-            elif taken % (_CHECK_EVERY * self.patience) == 0:
-                above &= rows.norm <= self.slowest ** (_CHECK_EVERY * self.patience) * rows.reference
-                rows.reference = rows.norm
+            elif looks == self.patience:
+                above &= rows.norm <= self.slowest ** (taken - looked) * rows.reference
+                rows.reference, looked, looks = rows.norm, taken, 0
             if rows.running is not None:
                 above &= rows.running
         if verify and taken:
@@ -100,6 +102,19 @@ class _Rows:
     samples: Tensor | None = None
     running: Tensor | None = None
 
+    def advance(self, terms: int, first: bool) -> None:
+        """That many steps, the first of which is of unit length only in the very beginning."""
+        if not first:
+            change = self.operator.mv(self.residual)
+            length = _length(self.residual, change)
+            self.value = torch.addcmul(self.value, length, self.residual)
+            self.residual = torch.addcmul(self.residual, length, change, value=-1)
+            terms -= 1
+        if terms:
+            total, self.residual = self.operator.neumann(self.residual, terms)
+            self.value = self.value + total
+        self.norm = two(self.residual)
+
     def select(self, left: Tensor) -> "_Rows":
         """Some of the rows, by their indices."""
         parts = (t.index_select(0, left) for t in (self.value, self.residual, self.norm, self.target, self.reference))
@@ -129,6 +144,12 @@ class _Found:
             self.value.index_copy_(0, rows.samples, rows.value)
             self.norm.index_copy_(0, rows.samples, rows.norm)
             self.steps.index_fill_(0, rows.samples, taken)
+
+
+def _length(residual: Tensor, change: Tensor) -> Tensor:
+    """Of the step along the residual that makes the next one smallest, `(rows, 1)`, where `change = A residual`."""
+    square = torch.linalg.vecdot(change, change).clamp_min_(torch.finfo(change.dtype).tiny)
+    return torch.linalg.vecdot(residual, change).div_(square)[:, None]
 
 
 def _report(found: _Found, size: Tensor, target: Tensor, max_steps: int) -> LinearSolution:

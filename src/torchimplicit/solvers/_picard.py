@@ -1,4 +1,4 @@
-"""Picard iteration, plain or damped: the cheapest step there is."""
+"""Picard iteration, plain, damped or extrapolated: the cheapest step there is."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -6,9 +6,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .._norms import two
 from .._problem import Evaluation, Problem
-from ._base import Solver, Step
+from ._base import Solver, Step, hold
+
+_LONGEST, _SHORTEST = -50.0, 0.5
+"""Bounds of an extrapolation: those of contractions by a factor between 0.98 and -1."""
 
 
 @dataclass
@@ -20,8 +22,27 @@ class _Damping:
     since: Tensor
 
 
+@dataclass
+class _Extrapolation:
+    """What the last extrapolation began with, and what the next one needs.
+
+    Attributes:
+        taken: steps so far.
+        residual: before the last step, `(B, n)`; None where no extrapolation comes next.
+        plain: where a plain step would have led in the place of the last extrapolation, `(B, n)`.
+        norm: of the residual when that was begun, `(B,)`.
+        off: the samples for which it was of no use, `(B,)` bool.
+    """
+
+    taken: int = 0
+    residual: Tensor | None = None
+    plain: Tensor | None = None
+    norm: Tensor | None = None
+    off: Tensor | None = None
+
+
 @dataclass(frozen=True)
-class Picard(Solver[_Damping | None]):
+class Picard(Solver[_Damping | _Extrapolation | None]):
     """`z ← z + damping·r(z)`: with `damping=1`, `z ← fn(z)` for a fixed point (Picard 1890, Banach 1922).
 
     Converges at the rate `ρ(I + damping·(J − I))` where that is below 1, so a contraction needs no damping; damping
@@ -33,10 +54,17 @@ class Picard(Solver[_Damping | None]):
         damping_patience: steps without a new best residual after which a sample's damping is halved (as the halting of
             fixed-point reasoning models does it); None never. Maps whose eigenvalues have real parts below 1, but not
             absolute values, are then solved without a guess at η.
+        extrapolate_every: after so many steps, and then again and again, a step goes on along the last one to where
+            the residual is least to first order (the vector form of Aitken's Δ²: Irons & Tuck 1969; Anderson
+            acceleration with a history of one, now and then: Banerjee, Suryanarayana & Pask 2016). Little is left by
+            then but the slowest mode, which it removes if it is a real one: half of the steps on maps that have one,
+            for next to no cost. A sample for which the residual has grown by the time of the next extrapolation goes
+            back, and is not extrapolated again. None never.
     """
 
     damping: float = 1.0
     damping_patience: int | None = None
+    extrapolate_every: int | None = None
 
     max_steps: ClassVar[int] = 1000
     patience: ClassVar[int] = 100
@@ -47,42 +75,112 @@ class Picard(Solver[_Damping | None]):
         self._require_number("damping", 0.0, 2.0, inside=True)
         if self.damping_patience is not None:
             self._require_count("damping_patience", 1)
+        if self.extrapolate_every is not None:
+            self._require_count("extrapolate_every", 2)
+            self._require("damping_patience", self.damping_patience is None, "None where extrapolate_every is given")
 
-    def init(self, problem: Problem, z: Tensor, evaluation: Evaluation) -> _Damping | None:
-        """No state, unless the damping changes."""
+    def init(self, problem: Problem, z: Tensor, evaluation: Evaluation) -> _Damping | _Extrapolation | None:
+        """No state, unless the damping changes or steps are extrapolated."""
+        if self.extrapolate_every is not None:
+            return _Extrapolation()
         if self.damping_patience is None:
             return None
-        norm = two(evaluation.residual)
+        norm = evaluation.norm
         return _Damping(torch.full_like(norm, self.damping), norm, torch.zeros_like(norm, dtype=torch.long))
 
     def step(
-        self, problem: Problem, z: Tensor, evaluation: Evaluation, state: _Damping | None, active: Tensor | None
-    ) -> Step[_Damping | None]:
+        self,
+        problem: Problem,
+        z: Tensor,
+        evaluation: Evaluation,
+        state: _Damping | _Extrapolation | None,
+        active: Tensor | None,
+    ) -> Step[_Damping | _Extrapolation | None]:
         """One application of fn, to all samples: leaving some out would cost more than it saves."""
-        if state is None or self.damping_patience is None:
-            z = torch.add(z, evaluation.residual, alpha=self.damping)
-            return Step(z, problem.evaluate(z), None)
-        z = torch.addcmul(z, state.factor[:, None], evaluation.residual)
-        found = problem.evaluate(z)
-        norm = two(found.residual)
-        better = norm < state.best
-        since = torch.where(better, 0, state.since + 1)
-        tired = since >= self.damping_patience
-        factor = torch.where(tired, 0.5 * state.factor, state.factor)
-        best = torch.where(better | tired, norm, state.best)
-        return Step(z, found, _Damping(factor, best, torch.where(tired, 0, since)))
+        return self.steps(problem, z, evaluation, state, active, 1)
 
     def steps(
         self,
         problem: Problem,
         z: Tensor,
         evaluation: Evaluation,
-        state: _Damping | None,
+        state: _Damping | _Extrapolation | None,
         active: Tensor | None,
         count: int,
-    ) -> Step[_Damping | None]:
+    ) -> Step[_Damping | _Extrapolation | None]:
         """Undamped, a step is a call of fn and nothing else."""
-        if self.damping != 1.0 or state is not None or problem.kind != "fixed_point":
-            return self.step(problem, z, evaluation, state, active)
-        z, value = problem.repeat(evaluation.value, count)
-        return Step(z, problem.evaluation(z, value), None, count=count)
+        if isinstance(state, _Damping):
+            return self._damped(problem, z, evaluation, state)
+        if isinstance(state, _Extrapolation):
+            phase, turn = self._phase(state), state.taken
+            if phase == 0 and turn:
+                z, evaluation = self._look_back(problem, z, evaluation, state, active)
+            if phase == 1 and state.residual is not None:
+                return self._extrapolated(problem, z, evaluation, state)
+            assert self.extrapolate_every is not None
+            count = 1 if phase == 0 and turn else min(count, self.extrapolate_every - phase)
+        if self.damping == 1.0 and problem.kind == "fixed_point":
+            z, value = problem.repeat(evaluation.value, count)
+            found = problem.evaluation(z, value)
+        else:
+            count, z = 1, torch.add(z, evaluation.residual, alpha=self.damping)
+            found = problem.evaluate(z)
+        if isinstance(state, _Extrapolation):
+            state.taken += count
+        return Step(z, found, state, count=count)
+
+    def _damped(self, problem: Problem, z: Tensor, evaluation: Evaluation, state: _Damping) -> Step[_Damping]:
+        """A step whose damping each sample has found for itself."""
+        assert self.damping_patience is not None
+        z = torch.addcmul(z, state.factor[:, None], evaluation.residual)
+        found = problem.evaluate(z)
+        better = found.norm < state.best
+        since = torch.where(better, 0, state.since + 1)
+        tired = since >= self.damping_patience
+        factor = torch.where(tired, 0.5 * state.factor, state.factor)
+        best = torch.where(better | tired, found.norm, state.best)
+        return Step(z, found, _Damping(factor, best, torch.where(tired, 0, since)))
+
+    def _phase(self, state: _Extrapolation) -> int:
+        assert self.extrapolate_every is not None
+        return state.taken % self.extrapolate_every
+
+    def _plain(self, problem: Problem, z: Tensor, evaluation: Evaluation) -> Tensor:
+        if self.damping == 1.0 and problem.kind == "fixed_point":
+            return evaluation.value
+        return torch.add(z, evaluation.residual, alpha=self.damping)
+
+    def _look_back(
+        self, problem: Problem, z: Tensor, evaluation: Evaluation, state: _Extrapolation, active: Tensor | None
+    ) -> tuple[Tensor, Evaluation]:
+        """Before the step that an extrapolation follows: has the last one been of use?"""
+        norm = evaluation.norm
+        if state.norm is not None and state.plain is not None:
+            # Also true of NaN.
+            worse = (norm <= state.norm).logical_not_()
+            if active is not None:
+                worse &= active
+            if state.off is not None:
+                worse &= ~state.off
+            if bool(worse.any()):
+                state.off = worse if state.off is None else state.off | worse
+                z = hold(worse, state.plain, z)
+                evaluation = problem.evaluate(z)
+                norm = evaluation.norm
+        state.norm, state.residual = norm, evaluation.residual
+        return z, evaluation
+
+    def _extrapolated(
+        self, problem: Problem, z: Tensor, evaluation: Evaluation, state: _Extrapolation
+    ) -> Step[_Extrapolation]:
+        """With `Δ` the change of r in the last step, from z to p: `p + g (p − z)`, `g = argmin ‖r + g Δ‖`."""
+        plain, residual = self._plain(problem, z, evaluation), evaluation.residual
+        change = residual - state.residual
+        square = torch.linalg.vecdot(change, change).clamp_min_(torch.finfo(change.dtype).tiny)
+        length = torch.linalg.vecdot(change, residual).div_(square).clamp_(_LONGEST, _SHORTEST)
+        if state.off is not None:
+            length = length.masked_fill_(state.off, 0.0)
+        new = torch.addcmul(plain, length[:, None], residual, value=-self.damping)
+        state.plain, state.residual = plain, None
+        state.taken += 1
+        return Step(new, problem.evaluate(new), state)
