@@ -6,7 +6,7 @@ turns the incoming `v` into `u`, `Aᵀu = v`, by products with the recorded grap
 output: autograd then takes `u` to whatever fn read — arguments, closures, parameters — by itself. Nothing has to be
 listed, so nothing can be forgotten; and nothing is evaluated again later, so a closure variable that has been rebound
 meanwhile (a loop's, say) cannot put another function's gradient in the place of this one's. One evaluation's
-activations are kept, however many steps the solver took.
+activations are kept, however many steps the solver took. A cell that supplies its derivatives itself spares even that.
 
 That is the first derivative. With `create_graph=True`, or for a batch of incoming gradients, the rules of `_rules` take
 its place, on the tape of that evaluation: the tensors that it read are inputs of the `Function` too.
@@ -32,7 +32,7 @@ from ._rules import gradients, solve_linear
 from ._solution import AdjointReport
 from ._system import batched
 from ._tape import Tape
-from .linear import AutogradJacobian, Inverse, ResidualJacobian
+from .linear import AutogradJacobian, Inverse, ResidualJacobian, SuppliedJacobian
 
 
 @dataclass
@@ -43,7 +43,8 @@ class Backward:
         dead: `(B,)` bool, samples whose gradient is zero whatever comes in; None if there are none.
         status: `(B,)`, how the forward solve ended.
         operator: `A` at the solution.
-        record: fn's recorded output.
+        z: the solution, `(B, n)`.
+        record: fn's recorded output; None where the cell supplies its own pullback.
         tape: of that evaluation; None if it is to be made when it is asked for, of a module with a closed form.
         reads: the tensors that fn reads, or may read.
         state: where there is no tape, the module's parameters and buffers as they were.
@@ -59,7 +60,8 @@ class Backward:
     on_failure: OnFailure
     site: tuple[str, int]
     operator: ResidualJacobian
-    record: AutogradJacobian
+    z: Tensor
+    record: AutogradJacobian | None
     tape: Tape | None
     reads: list[Tensor]
     state: dict[str, Tensor]
@@ -73,7 +75,7 @@ class Backward:
         if tape is None:
             call = partial(functional_call, self.problem.fn, self.state)
             with torch.enable_grad():
-                tape, _ = Tape.record(lambda *args: call(args), self.record.state.detach(), self.problem.args)
+                tape, _ = Tape.record(lambda *args: call(args), self.z, self.problem.args)
             known = {id(t): i for i, t in enumerate(self.reads)}
             places = [known.get(id(t), -1) for t in tape.inputs]
         if tape.opaque or (places is not None and -1 in places):
@@ -111,12 +113,24 @@ class Backward:
         self.report.residual = layout.per_sample(found.residual)
         self.report.steps = layout.per_sample(found.steps)
         self.report.evaluations = self.problem.evaluations - before
-        if not found.solved or self.dead is not None:
+        if self.record is not None and (not found.solved or self.dead is not None):
             shield(self.record.output, self.record.state, everywhere=True)
         if not found.solved:
             what = f"backward of {self.problem.kind} (the gradient of these samples is zero)"
             report_failures(what, found.status, self.on_failure, site=self.site)
         return found.value if self.problem.kind == "fixed_point" else -found.value
+
+    def pull(self, u: Tensor) -> list[Tensor | None]:
+        """`uᵀ ∂fn/∂t` of each of the tensors that fn reads, in closed form."""
+        jacobian = self.operator.jacobian
+        assert isinstance(jacobian, SuppliedJacobian)
+        args, parameters = jacobian.pullback(u)
+        total: dict[int, Tensor] = {}
+        named = [(self.state[name], grad) for name, grad in parameters.items()]
+        for t, grad in (*zip(self.problem.args, args, strict=True), *named):
+            if grad is not None:  # one tensor may have several parts
+                total[id(t)] = grad if id(t) not in total else total[id(t)] + grad
+        return [total.get(id(t)) for t in self.reads]
 
 
 class _Attach(torch.autograd.Function):
@@ -126,7 +140,7 @@ class _Attach(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, backward: Backward, output: Tensor, z: Tensor, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, backward: Backward, output: Tensor | None, z: Tensor, *tensors: Tensor) -> Tensor:
         ctx.of = backward
         out = z.view_as(z)
         ctx.save_for_backward(out, *tensors)
@@ -135,11 +149,12 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         of: Backward = ctx.of
-        if not torch.is_grad_enabled() and not batched(grads[0]):
-            return None, of.solve(grads[0]), None, *(None for _ in of.reads)
         z, *tensors = ctx.saved_tensors
+        if not torch.is_grad_enabled() and not batched(grads[0]):
+            u = of.solve(grads[0])
+            return (None, u, None, *(None for _ in of.reads)) if of.record else (None, None, None, *of.pull(u))
         system = of.equation().system()
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or not of.record:
             return None, None, None, *gradients(system, grads[0], z, of.status, tensors, ctx.needs_input_grad[3:])
         u = solve_linear(system, True, grads[0], z, of.status, tensors)
         return None, u if of.problem.kind == "fixed_point" else -u, None, *(None for _ in tensors)
@@ -166,32 +181,40 @@ def attach(
         site: the user's line, for warnings.
     """
     z, status, finite = outcome.z, outcome.status, outcome.finite
-    dead = adjoint.without_gradient(status)
-    any_dead = not outcome.clean and bool(dead.any())
+    dead = None if outcome.clean else adjoint.without_gradient(status)
+    if dead is not None and not bool(dead.any()):
+        dead = None
     starts = [t for t in z0 if t.requires_grad]
     with torch.enable_grad():
         inputs: list[Tensor] = []
         donors = None
         state: dict[str, Tensor] = {}
-        if any_dead and not bool(finite[dead].all()):
+        closed = isinstance(problem.fn, nn.Module) and problem.has_closed_form
+        if closed:
+            # What it reads is known without a tape, which costs as much as a cheap cell.
+            state = {**dict(problem.fn.named_parameters()), **dict(problem.fn.named_buffers())}
+        supplied = _supplied(problem, z, state) if closed and dead is None else None
+        output, start, tape = None, z, None
+        if supplied is not None:
+            pass
+        elif dead is not None and not bool(finite[dead].all()):
             # fn is NaN or infinite somewhere in this evaluation, and 0·NaN = NaN: take those samples out of it.
             output, start, inputs, tape, donors = evaluate_without(problem, z, dead | ~finite)
         else:
             start = start_of_graph(z)
-            if problem.has_closed_form and isinstance(problem.fn, nn.Module):
-                # What it reads is known without a tape, which costs as much as a cheap cell.
-                state = {**dict(problem.fn.named_parameters()), **dict(problem.fn.named_buffers())}
-                output, tape = problem.output(start), None
-            else:
-                output, tape = problem.recorded(start)
-        if output is None or not _reads_more(problem, output, start):
+            output, tape = (problem.output(start), None) if closed else problem.recorded(start)
+        record = None
+        if supplied is not None:
+            operator = supplied
+        elif output is None or not _reads_more(problem, output, start):
             return inert(z, [*inputs, *starts])
-        shield(output, start, everywhere=False)
-        record = AutogradJacobian(output, start, problem.count)
-        operator = ResidualJacobian(record, shifted=problem.kind == "fixed_point")
-        if problem.has_closed_form and not any_dead:
-            with torch.no_grad():
-                operator = problem.linearize(z, output.detach())
+        else:
+            shield(output, start, everywhere=False)
+            record = AutogradJacobian(output, start, problem.count)
+            operator = ResidualJacobian(record, shifted=problem.kind == "fixed_point")
+            if problem.has_closed_form and dead is None:
+                with torch.no_grad():
+                    operator = problem.linearize(z, output.detach())
         if tape is None:
             given = (t for t in pytree.tree_leaves(problem.args) if isinstance(t, Tensor))
             reads = list({id(t): t for t in (*given, *state.values())}.values())
@@ -200,12 +223,13 @@ def attach(
         backward = Backward(
             adjoint=adjoint,
             problem=problem,
-            dead=dead if any_dead else None,
+            dead=dead,
             status=status,
             report=report,
             on_failure=on_failure,
             site=site,
             operator=operator,
+            z=z,
             record=record,
             tape=tape,
             reads=reads,
@@ -215,6 +239,18 @@ def attach(
         )
         attached: Tensor = _Attach.apply(backward, output, z, *reads)  # pyright: ignore[reportAssignmentType]
         return inert(attached, starts)
+
+
+def _supplied(problem: Problem, z: Tensor, state: dict[str, Tensor]) -> ResidualJacobian | None:
+    """`A` from a cell that also supplies the derivatives by all that it reads; None if it does not."""
+    with torch.no_grad():
+        operator = problem.linearize(z, problem.output(z))
+    jacobian = operator.jacobian
+    if not isinstance(jacobian, SuppliedJacobian) or jacobian.reads is None:
+        return None
+    # What is computed from parameters, by a parametrization say, has no gradient of its own.
+    complete = all(name in jacobian.reads for name, t in state.items() if t.requires_grad)
+    return operator if complete and all(isinstance(a, Tensor) for a in problem.args) else None
 
 
 def _reads_more(problem: Problem, output: Tensor, start: Tensor) -> bool:

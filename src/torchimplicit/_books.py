@@ -229,7 +229,7 @@ class Books:
             doubtful = (status == int(Status.CONVERGED)) & moved & ~credible
             status = torch.where(doubtful, int(Status.DIVERGED), status)
             clean = False
-        finite = residual.isfinite()
+        finite = residual < torch.inf
         if self._failures:
             spent = (status == int(Status.MAX_STEPS)) | (status == int(Status.STALLED))
             if bool(spent.any()):

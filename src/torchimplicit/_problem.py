@@ -130,6 +130,8 @@ class Problem:
         self._plain = False
         self.keeps_inverse = False
         self.has_closed_form = self._closed_form()
+        # Its hooks, of which it knows nothing, might draw or change something; a closed form has none.
+        self._purity.known = self.has_closed_form and bool(getattr(fn, "pure", False))
         self._repeats = self._same and self._autocast is None and hasattr(fn, "repeat") and self.has_closed_form
 
     def _indexed_by_sample(self) -> bool:
@@ -309,7 +311,8 @@ class Problem:
             return None
         layout = self.layout.select(samples.numel())
         fn = self.fn.part(layout) if isinstance(self.fn, Gradient) else self.fn
-        args = pytree.tree_map(partial(_rows, samples, self.layout.batch_shape), self.args)
+        rows = partial(_rows, samples, self.layout.batch_shape)
+        args = tuple(rows(a) if isinstance(a, Tensor) else pytree.tree_map(rows, a) for a in self.args)
         part = copy(self)  # shares the count of calls
         part.fn, part.args, part.layout = fn, args, layout
         part._last, part._version = None, 0
@@ -369,7 +372,8 @@ def _rows(samples: Tensor, batch: torch.Size, value: Any) -> Any:
     """The rows of some samples of a tensor that has the batch shape in front; anything else as it is."""
     if not isinstance(value, Tensor) or value.shape[: len(batch)] != batch:
         return value
-    return value.reshape(-1, *value.shape[len(batch) :]).index_select(0, samples)
+    flat = value if len(batch) == 1 else value.reshape(-1, *value.shape[len(batch) :])
+    return flat.index_select(0, samples)
 
 
 def _usable(value: Any) -> Any:

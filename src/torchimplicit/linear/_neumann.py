@@ -18,8 +18,8 @@ class Neumann(LinearSolver):
     """`x = Σₖ (I − A)ᵏ b` (Richardson's iteration with unit step), which converges where `ρ(I − A) < 1`.
 
     A step is one product and one addition. After twelve, and then after every eight, the norms are looked at, samples
-    that are done leave the batch, and the next step is as long as makes the residual smallest: by then little is left
-    of it but the slowest mode, which that step removes if it is a real one (a minimal residual step; Saad 2003, §5.3.2).
+    that are done leave the batch, and the next step is as long as makes the residual least: by then little is left
+    of it but the slowest mode, which that step removes if it is real (a minimal residual step; Saad 2003, §5.3.2).
     `GMRES` needs fewer steps, but each costs several times as much beside the product. A sample whose residual does not
     fall by `slowest` per step, measured over `patience` looks at it, is given up as STALLED; one that runs out of steps
     is MAX_STEPS. Either has what was summed for its value, or zero if that is no better.

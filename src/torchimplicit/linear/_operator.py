@@ -1,6 +1,6 @@
 """Jacobians as operators: by automatic differentiation, in closed form, and as `A = I − J` or its transpose."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol, Self
@@ -19,7 +19,10 @@ class JacobianOperator(Protocol):
     alone, by their indices, so that an iteration can go on with those that need it. `neumann(p, terms, transposed)`
     gives `Σₖ Jᵏ p` over `k < terms` and `J^terms p`, `Jᵀ` for `J` if transposed, where that is cheaper together than
     product by product; `torchimplicit.nn.TanhEquilibrium` has these two. `diagonal()` gives the diagonal of `J`, shaped
-    like z, to the preconditioner `Jacobi`, where that is cheaper than `dense()`.
+    like z, to the preconditioner `Jacobi`, where that is cheaper than `dense()`. `pullback(u)`, of a module's, gives
+    `uᵀ ∂fn/∂t` of all else that fn reads: one gradient or None for each of `args`, which must be tensors, and a dict of
+    those of the parameters by name; an attribute `reads` has the names of these. No graph is then recorded for a first
+    derivative. It must hold for every u shaped like z.
     """
 
     def mv(self, p: Tensor) -> Tensor:
@@ -160,14 +163,21 @@ class SuppliedJacobian:
         total, rest = self.operator.neumann(p.reshape(self.shape), terms, transposed)
         return total.reshape(self.matrix_shape), rest.reshape(self.matrix_shape)
 
+    @property
+    def reads(self) -> tuple[str, ...] | None:
+        """Names of the parameters of which `pullback` gives gradients; None if there is no `pullback`."""
+        return getattr(self.operator, "reads", None) if hasattr(self.operator, "pullback") else None
+
+    def pullback(self, u: Tensor) -> tuple[Sequence[Tensor | None], dict[str, Tensor]]:
+        """`uᵀ ∂fn/∂t` for the tensors among fn's args, in order, and for its parameters, by name."""
+        return self.operator.pullback(u if self.shape == self.matrix_shape else u.reshape(self.shape))
+
     def select(self, samples: Tensor) -> "SuppliedJacobian | PartialJacobian":
         """`J` of some samples alone, by their indices."""
         if not hasattr(self.operator, "select") or len(self.shape) != 2:
             return PartialJacobian(self, self.matrix_shape[0], samples)
         count, n = samples.numel(), self.shape[1]
-        return replace(
-            self, operator=self.operator.select(samples), shape=torch.Size((count, n)), matrix_shape=(count, n)
-        )
+        return SuppliedJacobian(self.operator.select(samples), torch.Size((count, n)), (count, n), self.count)
 
     def dense(self) -> Tensor:
         """`J`, `(B, n, n)`."""
@@ -266,7 +276,7 @@ class ResidualJacobian:
 
     def select(self, samples: Tensor) -> "ResidualJacobian":
         """`A` of some samples alone, by their indices."""
-        return replace(self, jacobian=self.jacobian.select(samples))
+        return ResidualJacobian(self.jacobian.select(samples), self.shifted, self.transposed)
 
     def _richardson(self, p: Tensor) -> Tensor:
         product = self._product(p)

@@ -85,8 +85,8 @@ class LinearSolver(Options, ABC):
         if b.numel() == 0:
             status = torch.zeros(b.shape[0], dtype=torch.long, device=b.device)
             return LinearSolution(torch.zeros_like(b), status, b.new_zeros(b.shape[0]), status.clone(), True)
-        least, largest = torch.stack(torch.aminmax(two(b))).tolist()
-        if least > 1 / _SAFE and largest < _SAFE:
+        size = two(b)
+        if torch.equal(size, size.clamp(1 / _SAFE, _SAFE)):
             return self._solve(operator, b, rtol, verify)
         size = torch.linalg.vector_norm(b, ord=torch.inf, dim=1)
         # A right-hand side of zero, such as a resting sample's, needs no scaling.

@@ -1,7 +1,7 @@
 """`TanhEquilibrium`: `z = tanh(W z + x)`, the layer the project grew from, with its Jacobian in closed form."""
 
 from dataclasses import dataclass
-from typing import Never
+from typing import ClassVar, Never
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ class _TanhJacobian:
 
     slope: Tensor
     weight: Tensor
+    z: Tensor
+
+    reads: ClassVar[tuple[str, ...]] = ("linear.weight",)
 
     def mv(self, p: Tensor) -> Tensor:
         """`D W p`."""
@@ -52,7 +55,13 @@ class _TanhJacobian:
 
     def select(self, samples: Tensor) -> "_TanhJacobian":
         """The Jacobian of some samples, by their indices."""
-        return _TanhJacobian(self.slope.index_select(0, samples), self.weight)
+        return _TanhJacobian(self.slope.index_select(0, samples), self.weight, self.z)
+
+    def pullback(self, u: Tensor) -> tuple[tuple[Tensor], dict[str, Tensor]]:
+        """`D u` for x, and `Σ D u zᵀ` over the samples for W."""
+        scaled = self.slope * u
+        n = self.weight.shape[0]
+        return (scaled,), {"linear.weight": torch.mm(scaled.reshape(-1, n).t(), self.z.reshape(-1, n))}
 
     def dense(self) -> Tensor:
         """`(B, n, n)`."""
@@ -70,6 +79,8 @@ class TanhCell(nn.Module):
 
     samplewise = True
     """x is indexed by sample as z is: converged samples may leave the batch."""
+    pure = True
+    """Nothing is drawn at random, and nothing changed: no evaluation need be watched for that."""
 
     def __init__(
         self, features: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -96,7 +107,7 @@ class TanhCell(nn.Module):
 
     def linearize(self, z: Tensor, value: Tensor, x: Tensor) -> _TanhJacobian:
         """The Jacobian at z, where `value = tanh(W z + x)`: `1 − value²` is the slope."""
-        return _TanhJacobian(1.0 - value * value, self.linear.weight.detach())
+        return _TanhJacobian(1.0 - value * value, self.linear.weight.detach(), z)
 
 
 class TanhEquilibrium(FixedPoint):

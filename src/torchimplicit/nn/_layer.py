@@ -104,7 +104,8 @@ class FixedPoint(_Implicit):
     Samples that are done leave the batch where the cell can be split: where its tensor inputs have the batch dims in
     front, as z has, which is tried and checked. A cell may help: an attribute `samplewise = True` says that all of them
     do, which saves the check, and `False` forbids the split, for a compiled cell, say; a method `linearize` supplies
-    its Jacobian in closed form (see `linear.JacobianOperator`).
+    its Jacobian in closed form (see `linear.JacobianOperator`), and then an attribute `pure = True` says that it draws
+    nothing at random and changes nothing.
 
     A cell with dropout or batch norm in training mode is one function for the length of a solve, its masks drawn once
     and its buffers changed once (see `fixed_point`).

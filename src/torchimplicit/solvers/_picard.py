@@ -112,22 +112,9 @@ class Picard(Solver[_Damping | _Extrapolation | None]):
         if isinstance(state, _Damping):
             return self._damped(problem, z, evaluation, state)
         if isinstance(state, _Extrapolation):
-            phase, turn = self._phase(state), state.taken
-            if phase == 0 and turn:
-                z, evaluation = self._look_back(problem, z, evaluation, state, active)
-            if phase == 1 and state.residual is not None:
-                return self._extrapolated(problem, z, evaluation, state)
-            assert self.extrapolate_every is not None
-            count = 1 if phase == 0 and turn else min(count, self.extrapolate_every - phase)
-        if self.damping == 1.0 and problem.kind == "fixed_point":
-            z, value = problem.repeat(evaluation.value, count)
-            found = problem.evaluation(z, value)
-        else:
-            count, z = 1, torch.add(z, evaluation.residual, alpha=self.damping)
-            found = problem.evaluate(z)
-        if isinstance(state, _Extrapolation):
-            state.taken += count
-        return Step(z, found, state, count=count)
+            return self._block(problem, z, evaluation, state, active, count)
+        z, evaluation = self._advance(problem, z, evaluation, count)
+        return Step(z, evaluation, state, count=count)
 
     def _damped(self, problem: Problem, z: Tensor, evaluation: Evaluation, state: _Damping) -> Step[_Damping]:
         """A step whose damping each sample has found for itself."""
@@ -141,22 +128,55 @@ class Picard(Solver[_Damping | _Extrapolation | None]):
         best = torch.where(better | tired, found.norm, state.best)
         return Step(z, found, _Damping(factor, best, torch.where(tired, 0, since)))
 
-    def _phase(self, state: _Extrapolation) -> int:
+    def _block(
+        self,
+        problem: Problem,
+        z: Tensor,
+        evaluation: Evaluation,
+        state: _Extrapolation,
+        active: Tensor | None,
+        count: int,
+    ) -> Step[_Extrapolation]:
+        """Steps up to the next extrapolation: a plain one, the extrapolated one, and plain ones after that."""
         assert self.extrapolate_every is not None
-        return state.taken % self.extrapolate_every
+        phase, taken = state.taken % self.extrapolate_every, 0
+        if phase == 0 and state.taken:
+            z, evaluation = self._look_back(problem, z, evaluation, state, active)
+            z, evaluation, phase, taken = *self._advance(problem, z, evaluation, 1), 1, 1
+        count = min(count, self.extrapolate_every - phase + taken)
+        if phase == 1 and state.residual is not None and taken < count:
+            start = self._extrapolated(problem, z, evaluation, state)
+            if self._undamped(problem):
+                z, value = problem.repeat(start, count - taken)
+                evaluation = problem.evaluation(z, value)
+            else:
+                z, evaluation = self._advance(problem, start, problem.evaluate(start), count - taken - 1)
+        elif taken < count:
+            z, evaluation = self._advance(problem, z, evaluation, count - taken)
+        state.taken += count
+        return Step(z, evaluation, state, count=count)
 
-    def _plain(self, problem: Problem, z: Tensor, evaluation: Evaluation) -> Tensor:
-        if self.damping == 1.0 and problem.kind == "fixed_point":
-            return evaluation.value
-        return torch.add(z, evaluation.residual, alpha=self.damping)
+    def _advance(self, problem: Problem, z: Tensor, evaluation: Evaluation, count: int) -> tuple[Tensor, Evaluation]:
+        """Plain steps."""
+        if self._undamped(problem):
+            z, value = problem.repeat(evaluation.value, count)
+            return z, problem.evaluation(z, value)
+        for _ in range(count):
+            z = torch.add(z, evaluation.residual, alpha=self.damping)
+            evaluation = problem.evaluate(z)
+        return z, evaluation
+
+    def _undamped(self, problem: Problem) -> bool:
+        """Whether the plain step is fn itself."""
+        return self.damping == 1.0 and problem.kind == "fixed_point"
 
     def _look_back(
         self, problem: Problem, z: Tensor, evaluation: Evaluation, state: _Extrapolation, active: Tensor | None
     ) -> tuple[Tensor, Evaluation]:
         """Before the step that an extrapolation follows: has the last one been of use?"""
         norm = evaluation.norm
-        if state.norm is not None and state.plain is not None:
-            # Also true of NaN.
+        # The minimum with NaN is NaN, which equals nothing.
+        if state.norm is not None and state.plain is not None and not torch.equal(norm, norm.minimum(state.norm)):
             worse = (norm <= state.norm).logical_not_()
             if active is not None:
                 worse &= active
@@ -170,17 +190,14 @@ class Picard(Solver[_Damping | _Extrapolation | None]):
         state.norm, state.residual = norm, evaluation.residual
         return z, evaluation
 
-    def _extrapolated(
-        self, problem: Problem, z: Tensor, evaluation: Evaluation, state: _Extrapolation
-    ) -> Step[_Extrapolation]:
+    def _extrapolated(self, problem: Problem, z: Tensor, evaluation: Evaluation, state: _Extrapolation) -> Tensor:
         """With `Δ` the change of r in the last step, from z to p: `p + g (p − z)`, `g = argmin ‖r + g Δ‖`."""
-        plain, residual = self._plain(problem, z, evaluation), evaluation.residual
+        residual = evaluation.residual
+        plain = evaluation.value if self._undamped(problem) else torch.add(z, residual, alpha=self.damping)
         change = residual - state.residual
         square = torch.linalg.vecdot(change, change).clamp_min_(torch.finfo(change.dtype).tiny)
         length = torch.linalg.vecdot(change, residual).div_(square).clamp_(_LONGEST, _SHORTEST)
         if state.off is not None:
             length = length.masked_fill_(state.off, 0.0)
-        new = torch.addcmul(plain, length[:, None], residual, value=-self.damping)
         state.plain, state.residual = plain, None
-        state.taken += 1
-        return Step(new, problem.evaluate(new), state)
+        return torch.addcmul(plain, length[:, None], residual, value=-self.damping)
