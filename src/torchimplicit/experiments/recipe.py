@@ -43,7 +43,7 @@ def make_solver(name: str, tolerance: float, batch_size: int) -> RecipeSolver:
     """
     atol = tolerance / math.sqrt(batch_size)
     if name == "picard":
-        return ti.Picard(atol=atol, rtol=0.0, norm="two", check_every=10, extrapolate_every=10)
+        return ti.Picard(atol=atol, rtol=0.0, norm="two", check_every=12, extrapolate_every=12)
     if name == "anderson":
         return ti.Anderson(atol=atol, rtol=0.0, norm="two")
     if name == "newton":
