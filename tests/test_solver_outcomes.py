@@ -56,12 +56,9 @@ SOLVERS: dict[str, tuple[Make, dict[str, str]]] = {
     ),
     "broyden_good": (
         lambda **options: ti.Broyden(update="good", **options),
-        dict.fromkeys(["01", "02", "03", "04", "05", "06", "15", "16", "21"], IDENTITY),
+        dict.fromkeys(["01", "02", "03", "04", "06", "15", "16", "21"], IDENTITY),
     ),
-    "broyden_bad": (
-        ti.Broyden,
-        dict.fromkeys(["01", "02", "03", "04", "05", "06", "15", "16", "21", "22"], IDENTITY),
-    ),
+    "broyden_bad": (ti.Broyden, dict.fromkeys(["01", "03"], IDENTITY)),
     "newton": (ti.Newton, {"01": CHAIN, "21": LOCAL}),
     "newton_full_steps": (
         lambda **options: ti.Newton(max_backtracks=0, **options),
