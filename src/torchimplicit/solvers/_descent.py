@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .._norms import two
 from .._problem import Evaluation, Problem
 from ._base import hold
 
@@ -50,7 +49,7 @@ def descend(
     Near a minimum φ is flat to rounding: there a step that does not raise it by more than that may also count by a
     smaller gradient (Hager & Zhang 2005, "approximate Wolfe").
     """
-    start, gradient = objective(evaluation), two(evaluation.residual)
+    start, gradient = objective(evaluation), evaluation.norm
     slope = torch.linalg.vecdot(direction, evaluation.residual)
     noise = 4 * torch.finfo(z.dtype).eps * start.abs()
     point = hold(moving, torch.addcmul(z, length[:, None], direction), z)
@@ -58,7 +57,7 @@ def descend(
     for _ in range(_HALVINGS):
         now = objective(found)
         good = now <= start - _ARMIJO * length * slope
-        good |= (now <= start + noise) & (two(found.residual) < gradient)
+        good |= (now <= start + noise) & (found.norm < gradient)
         stuck = moving & ~good
         if not bool(stuck.any()):
             return Descent(point, found, stuck)
@@ -66,6 +65,6 @@ def descend(
         point = hold(stuck, torch.addcmul(z, length[:, None], direction), point)
         found = problem.evaluate(point)
     now = objective(found)
-    good = (now <= start - _ARMIJO * length * slope) | ((now <= start + noise) & (two(found.residual) < gradient))
+    good = (now <= start - _ARMIJO * length * slope) | ((now <= start + noise) & (found.norm < gradient))
     stuck = moving & ~good
     return Descent(hold(stuck, z, point), evaluation.where(stuck, found), stuck)

@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from .._norms import two
 from .._problem import Evaluation, Problem
 from ._base import hold
 
@@ -77,7 +76,7 @@ class Search:
     def _go(self, z: Tensor) -> None:
         self.z = z
         self.found = self._problem.evaluate(z)
-        self.norm = two(self.found.residual)
+        self.norm = self.found.norm
 
     def _worse(self) -> Tensor:
         good = self.norm <= (1 - _ARMIJO * self._length) * self._merit

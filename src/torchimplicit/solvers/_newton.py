@@ -7,7 +7,6 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from .._norms import two
 from .._problem import Evaluation, Problem
 from .._solution import Status
 from ..linear import GMRES, LU, Factors, Inverse, LinearSolver
@@ -73,7 +72,7 @@ class _NewtonSteps(Solver[_Progress]):
 
     def init(self, problem: Problem, z: Tensor, evaluation: Evaluation) -> _Progress:
         """Forcing starts at 0.1; nobody waits."""
-        norm = two(evaluation.residual)
+        norm = evaluation.norm
         nobody = torch.zeros_like(norm, dtype=torch.long)
         plain = problem.kind == "fixed_point" and self.max_backtracks > 0
         eta = torch.full_like(norm, 0.1)
@@ -88,7 +87,7 @@ class _NewtonSteps(Solver[_Progress]):
         count = min(count, state.warmup)
         z, value = problem.repeat(evaluation.value, count)
         found = problem.evaluation(z, value)
-        return Step(z, found, replace(state, norm=two(found.residual), warmup=state.warmup - count), count=count)
+        return Step(z, found, replace(state, norm=found.norm, warmup=state.warmup - count), count=count)
 
     def step(
         self, problem: Problem, z: Tensor, evaluation: Evaluation, state: _Progress, active: Tensor | None
@@ -98,7 +97,7 @@ class _NewtonSteps(Solver[_Progress]):
         trying = running if state.wait is None else running & (state.wait == 0)
         if state.wait is not None and not bool(trying.any()):
             found = problem.evaluate(evaluation.value)
-            norm = two(found.residual)
+            norm = found.norm
             wait = torch.where(norm < state.norm, state.wait - 1, state.nobody)
             return Step(evaluation.value, found, replace(state, norm=norm, wait=wait))
         waiting = running & ~trying

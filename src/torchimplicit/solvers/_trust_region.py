@@ -123,7 +123,7 @@ def attempt(
     ratio = torch.where(after.isfinite(), kept / promised.clamp_min(torch.finfo(z.dtype).tiny), -torch.inf)
     # Where the promise is no more than rounding, as beside a minimum that is not zero, the gradient decides.
     flat = (promised <= _FLAT * torch.finfo(z.dtype).eps) & after.isfinite()
-    smaller = two(found.residual) < two(evaluation.residual)
+    smaller = found.norm < evaluation.norm
     ratio = torch.where(flat, torch.where(smaller, 1.0, -1.0), ratio)
     accepted = moving & (ratio > _ACCEPT) & ((after < norm) | flat)
     return Trial(
