@@ -21,8 +21,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
 import torchimplicit as ti
-from benchmarks.notebook import NotebookFixedPoint
 from benchmarks.record import RESULTS, circumstances, write
+from torchimplicit.experiments.bench.notebook import NotebookFixedPoint
 
 STEPS = (10, 200)
 FEATURES = 16

@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from benchmarks.notebook import NotebookFixedPoint, NotebookNewton, make_notebook_model
 from benchmarks.record import RESULTS, circumstances, data_used, write
-from benchmarks.timing import Batch, Tally, Trainee, Weights, paired_ratio, race
+from torchimplicit.experiments.bench.notebook import NotebookFixedPoint, NotebookNewton, make_notebook_model
+from torchimplicit.experiments.bench.timing import Batch, Tally, Trainee, Weights, paired_ratio, race
 from torchimplicit.experiments.data import Digits, load_digits
 from torchimplicit.experiments.recipe import make_model
 

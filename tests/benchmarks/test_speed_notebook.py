@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.notebook import NotebookFixedPoint, make_notebook_model
 from benchmarks.record import circumstances
 from benchmarks.speed_notebook import CONTENDERS, main, parse, passes, summarise
-from benchmarks.timing import Ratio, Tally, Trainee, batch_residual, paired_ratio, race
+from torchimplicit.experiments.bench.notebook import NotebookFixedPoint, make_notebook_model
+from torchimplicit.experiments.bench.timing import Ratio, Tally, Trainee, batch_residual, paired_ratio, race
 
 
 @pytest.fixture(autouse=True)

@@ -3,8 +3,13 @@
 import pytest
 import torch
 
-from benchmarks.notebook import NotebookFixedPoint, NotebookNewton, gradients_are_usable, make_notebook_model
-from benchmarks.timing import batch_residual
+from torchimplicit.experiments.bench.notebook import (
+    NotebookFixedPoint,
+    NotebookNewton,
+    gradients_are_usable,
+    make_notebook_model,
+)
+from torchimplicit.experiments.bench.timing import batch_residual
 
 LAYERS = [NotebookFixedPoint, NotebookNewton]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import torchimplicit as ti
-from benchmarks.notebook import NotebookFixedPoint, NotebookNewton, gradients_are_usable
+from torchimplicit.experiments.bench.notebook import NotebookFixedPoint, NotebookNewton, gradients_are_usable
 
 Batch = tuple[Tensor, Tensor]
 Layer = ti.nn.TanhEquilibrium | NotebookFixedPoint | NotebookNewton
