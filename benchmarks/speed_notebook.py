@@ -19,12 +19,11 @@ from rich.table import Table
 from torch import nn
 
 from benchmarks.record import RESULTS, circumstances, data_used, write
+from torchimplicit.experiments.bench.epochs import FEATURES, initial_model, learning_rate, make_batches, trained
 from torchimplicit.experiments.bench.notebook import NotebookFixedPoint, NotebookNewton, make_notebook_model
-from torchimplicit.experiments.bench.timing import Batch, Tally, Trainee, Weights, paired_ratio, race
+from torchimplicit.experiments.bench.timing import Batch, Tally, Weights, paired_ratio, race
 from torchimplicit.experiments.data import Digits, load_digits
 from torchimplicit.experiments.recipe import make_model
-
-FEATURES = 100
 
 
 @dataclass(frozen=True)
@@ -71,27 +70,16 @@ class Settings:
     out: Path
 
 
-def make_batches(digits: Digits, settings: Settings, seed: int) -> list[Batch]:
+def shuffled(digits: Digits, settings: Settings, seed: int) -> list[Batch]:
     """Cut one shuffled epoch, or its first `settings.batches` batches."""
-    order = torch.randperm(len(digits.train), generator=torch.Generator().manual_seed(seed))
-    chunks = order.split(settings.batch_size)
-    return [digits.train.batch(index) for index in chunks[: settings.batches]]
-
-
-def learning_rate(epoch: int) -> float:
-    """Follow the recipe: 0.1, and 0.01 from epoch 5 on (counted from zero)."""
-    return 0.1 if epoch < 5 else 0.01
+    return make_batches(digits, seed, batches=settings.batches, batch_size=settings.batch_size)
 
 
 def starting_weights(moment: str, digits: Digits, settings: Settings) -> Weights:
     """Make the weights every contender starts from: seeded, and for "trained" taken through some epochs of `picard`."""
-    torch.manual_seed(settings.seed)
-    model = CONTENDERS["picard"].build(settings.tolerance, settings.batch_size)
-    if moment == "trained":
-        for epoch in range(settings.trained_epochs):
-            trainee = Trainee(model, list(model.parameters()), learning_rate(epoch))
-            trainee.train(make_batches(digits, settings, settings.seed + 1000 + epoch))
-    return [parameter.detach().clone() for parameter in model.parameters()]
+    model = initial_model(settings.seed, tolerance=settings.tolerance, batch_size=settings.batch_size)
+    epochs = range(settings.trained_epochs if moment == "trained" else 0)
+    return trained(model, [shuffled(digits, settings, settings.seed + 1000 + epoch) for epoch in epochs])
 
 
 def measure(moment: str, digits: Digits, settings: Settings, console: Console) -> dict[str, list[Tally]]:
@@ -104,7 +92,7 @@ def measure(moment: str, digits: Digits, settings: Settings, console: Console) -
     }
     runs: dict[str, list[Tally]] = {name: [] for name in CONTENDERS}
     for repeat in range(settings.repeats):
-        batches = make_batches(digits, settings, settings.seed + repeat)
+        batches = shuffled(digits, settings, settings.seed + repeat)
         for name, tally in race(builders, weights, batches, learning_rate=rate, segment=settings.segment).items():
             runs[name].append(tally)
         seconds = ", ".join(f"{name} {tallies[-1].seconds:.2f} s" for name, tallies in runs.items())

@@ -34,6 +34,11 @@ class Tally:
     backward: list[int] = field(default_factory=list)
     skipped: int = 0
 
+    def add(self, other: "Tally") -> None:
+        """Append another piece of the same epoch."""
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
 
 class Trainee:
     """A model that trains for an epoch in segments, and a `Tally` of it."""
