@@ -1,5 +1,6 @@
 """`TanhEquilibrium`: `z = tanh(W z + x)`, the layer the project grew from, with its Jacobian in closed form."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Never
 
@@ -10,10 +11,12 @@ from torch.nn import functional
 from .._adjoint import Adjoint
 from .._options import refuse_unknown
 from .._report import OnFailure
+from .._solution import PyTree
 from ..solvers import Method
 from ._layer import FixedPoint
+from ._previous import Previous
 
-_OPTIONS = ("solver", "adjoint", "max_steps", "on_failure", "device", "dtype")
+_OPTIONS = ("solver", "adjoint", "max_steps", "on_failure", "init", "device", "dtype")
 
 
 @dataclass(frozen=True)
@@ -113,8 +116,8 @@ class TanhCell(nn.Module):
 class TanhEquilibrium(FixedPoint):
     """The layer `z = tanh(W z + x)` of the Deep Implicit Layers tutorial (Kolter, Duvenaud & Johnson 2020, chapter 1).
 
-    `W` is `layer.linear.weight`, initialised as `nn.Linear(features, features, bias=False)`; the start is z = 0. Input
-    and output have shape `(..., features)`; every row is a problem of its own.
+    `W` is `layer.linear.weight`, initialised as `nn.Linear(features, features, bias=False)`; the start is z = 0, unless
+    `init` says otherwise. Input and output have shape `(..., features)`; every row is a problem of its own.
 
     Args:
         features: n.
@@ -122,6 +125,7 @@ class TanhEquilibrium(FixedPoint):
         adjoint: None is `Implicit()`.
         max_steps: None is the solver's default.
         on_failure: `"warn"`, `"raise"` or `"ignore"`.
+        init: as in `FixedPoint`; None starts from zero.
         device: of W.
         dtype: of W.
     """
@@ -136,6 +140,7 @@ class TanhEquilibrium(FixedPoint):
         adjoint: Adjoint | None = None,
         max_steps: int | None = None,
         on_failure: OnFailure = "warn",
+        init: Callable[..., PyTree] | Previous | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **unknown: Never,
@@ -149,6 +154,7 @@ class TanhEquilibrium(FixedPoint):
             adjoint=adjoint,
             max_steps=max_steps,
             on_failure=on_failure,
+            init=init,
         )
 
     def _batch_dims(self, *inputs: Tensor) -> int:

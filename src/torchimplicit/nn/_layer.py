@@ -13,6 +13,7 @@ from .._report import OnFailure, check_on_failure
 from .._solution import PyTree, Solution
 from ..diagnostics import record
 from ..solvers import Method
+from ._previous import Previous
 
 _OPTIONS = ("solver", "adjoint", "batch_dims", "max_steps", "on_failure", "init")
 
@@ -31,7 +32,7 @@ class _Implicit(nn.Module):
         batch_dims: int = 1,
         max_steps: int | None = None,
         on_failure: OnFailure = "warn",
-        init: Callable[..., PyTree] | None = None,
+        init: Callable[..., PyTree] | Previous | None = None,
         **unknown: Never,
     ) -> None:
         super().__init__()
@@ -39,8 +40,11 @@ class _Implicit(nn.Module):
         check_on_failure(on_failure)
         if not callable(cell):
             raise TypeError(f"cell must be callable, but is {type(cell).__name__}; give an nn.Module or a function.")
-        if init is not None and not callable(init):
-            raise TypeError(f"init={init!r} is not callable; give a function or nn.Module of the inputs, or None.")
+        if init is not None and not callable(init) and not isinstance(init, Previous):
+            raise TypeError(
+                f"init={init!r} is not callable; give a function or nn.Module of the inputs, "
+                "torchimplicit.nn.Previous(), or None."
+            )
         self.cell = cell
         self.init = init
         self.solver = solver
@@ -55,17 +59,22 @@ class _Implicit(nn.Module):
 
     def solve(self, *inputs: PyTree, trace: bool = False) -> Solution:
         """The solution for these inputs with its evidence, a `Solution`."""
+        start, solver = self._start(*inputs), self.solver
+        if isinstance(self.init, Previous):
+            start, solver = self.init.begin(start, solver)
         solution = type(self)._call(
             self.cell,
-            self._start(*inputs),
+            start,
             *inputs,
-            solver=self.solver,
+            solver=solver,
             adjoint=self.adjoint,
             batch_dims=self._batch_dims(*inputs),
             max_steps=self.max_steps,
             on_failure=self.on_failure,
             trace=trace,
         )
+        if isinstance(self.init, Previous):
+            self.init.keep(solution)
         record(self, solution)
         return solution
 
@@ -77,7 +86,7 @@ class _Implicit(nn.Module):
         return self.batch_dims
 
     def _start(self, *inputs: PyTree) -> PyTree:
-        if self.init is not None:
+        if self.init is not None and not isinstance(self.init, Previous):
             return self.init(*inputs)
         if not inputs or not isinstance(inputs[0], Tensor):
             raise TypeError(
@@ -117,7 +126,8 @@ class FixedPoint(_Implicit):
         batch_dims: leading dims of z that index independent samples.
         max_steps: None is the solver's default.
         on_failure: `"warn"`, `"raise"` or `"ignore"`.
-        init: gives the start from the inputs, a callable or a Module; None starts from zeros like the first input.
+        init: gives the start from the inputs, a callable or a Module; None starts from zeros like the first input. Or
+            `Previous()`, to start from the last solution.
     """
 
     _call = staticmethod(fixed_point)  # pyright: ignore[reportAssignmentType]
