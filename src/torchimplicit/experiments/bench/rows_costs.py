@@ -1,5 +1,6 @@
 """What the library itself costs: operations per step, memory, time outside the cell, time to import."""
 
+import os
 import subprocess
 import sys
 import time
@@ -103,6 +104,7 @@ def measure_overhead(settings: Settings) -> Measurement:
 def measure_import(settings: Settings) -> Measurement:
     """Seconds that `import torchimplicit` takes after `import torch`, in processes of their own."""
     after, alone, both = [], [], []
+    _python("import torchimplicit")  # compiles, once
     for _ in range(settings.repeats):
         alone.append(_python("import torch")[0])
         whole, told = _python(
@@ -123,8 +125,9 @@ def measure_import(settings: Settings) -> Measurement:
 
 
 def _python(code: str) -> tuple[float, str]:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     began = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     return time.perf_counter() - began, done.stdout
 
 
