@@ -50,7 +50,7 @@ def operations_per_step(solve: Callable[[int], object]) -> Counter[str]:
             solve(steps)
         counts.append(count.counts)
     early, late = counts
-    per_step = Counter({name: (late[name] - early[name]) / (LAST - FIRST) for name in late})  # type: ignore[arg-type]
+    per_step = Counter({name: (late[name] - early[name]) / (LAST - FIRST) for name in late})
     per_step["aten.addmm.default"] -= 1
     return Counter({name: number for name, number in per_step.items() if number})
 
