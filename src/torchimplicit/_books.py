@@ -126,10 +126,12 @@ class Books:
         self._step, self._z = step, z
         limit = self._tolerance.limit(evaluation, self._fallen)
         look = step - self._looked >= self._patience
-        if failure is None and not look and self.active is None and torch.equal(norm, norm.clamp(limit, self._best)):
+        if failure is None and self.active is None and torch.equal(norm, norm.clamp(limit, self._best)):
             # The usual case: nobody is done, no residual rose, and the new iterate is the best one. NaN equals nothing,
             # and no limit is zero, so that a residual of zero is not overlooked.
             self._best_z, self._best, self._norm = z, norm, norm
+            if look:
+                self._settle(z, norm, self._look(step, norm))
             return
         within = norm < limit
         if self._tolerance.asks_more:
@@ -138,11 +140,13 @@ class Books:
                 within = within & self._tolerance.confirmed(z, evaluation, norm)
         better = norm <= self._best
         quiet = better if self.active is None else better | ~self.active
-        if failure is None and not look and bool(quiet.all()):
+        if failure is None and bool(quiet.all()):
             # No residual rose: the new iterate is the best one, nothing to sort out.
             self._best_z, self._best = z, norm
             finished = within if self.active is None else within & self.active
             self._end(finished.nonzero()[:, 0], z, norm, None)
+            if look:
+                self._settle(z, norm, self._look(step, norm))
         else:
             failed = self._sort_out(z, norm, better, failure)
             if look:
