@@ -1,0 +1,107 @@
+"""Our contenders: each solver with the adjoints that suit it, on a plain cell."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import torchimplicit as ti
+from torchimplicit.experiments.bench.contender import Contender, Counts, Runner, differentiate, torch_runner
+from torchimplicit.experiments.bench.problems import Problem, TanhCell
+from torchimplicit.solvers import Method
+
+MakeMethod = Callable[[float], Method]
+MakeAdjoint = Callable[[float], ti.Implicit]
+
+SOLVERS: dict[str, MakeMethod] = {
+    "picard": lambda rtol: ti.Picard(rtol=rtol),
+    "picard, every 4th step checked": lambda rtol: ti.Picard(rtol=rtol, check_every=4),
+    "anderson": lambda rtol: ti.Anderson(rtol=rtol),
+    "anderson, every 2nd step checked": lambda rtol: ti.Anderson(rtol=rtol, check_every=2),
+    "broyden": lambda rtol: ti.Broyden(rtol=rtol),
+    "auto": lambda rtol: ti.Auto(rtol=rtol),
+}
+ADJOINTS: dict[str, MakeAdjoint] = {
+    "implicit": lambda rtol: ti.Implicit(rtol=rtol),
+    "implicit, GMRES": lambda rtol: ti.Implicit(rtol=rtol, linear_solver=ti.GMRES()),
+    "implicit, reuse": lambda rtol: ti.Implicit(rtol=rtol, reuse=True),
+}
+
+
+def same_name(problem: Problem, solver: str) -> tuple[Contender, ...]:
+    """Our solver of a name ("picard", "anderson", "broyden") with each adjoint that can follow it."""
+    solvers = [name for name in SOLVERS if name.partition(",")[0] == solver]
+    adjoints = [name for name in ADJOINTS if solver != "picard" or "reuse" not in name]
+    return tuple(_contender(problem, s, a) for s in solvers for a in adjoints)
+
+
+def everything(problem: Problem) -> tuple[Contender, ...]:
+    """All combinations that may be the quickest; the default among them."""
+    pairs = [
+        ("picard", "implicit"),
+        ("picard, every 4th step checked", "implicit"),
+        ("picard, every 4th step checked", "implicit, GMRES"),
+        ("anderson, every 2nd step checked", "implicit"),
+        ("anderson, every 2nd step checked", "implicit, GMRES"),
+        ("anderson, every 2nd step checked", "implicit, reuse"),
+        ("auto", "implicit"),
+        ("auto", "implicit, GMRES"),
+    ]
+    return tuple(_contender(problem, solver, adjoint) for solver, adjoint in pairs)
+
+
+def short_list(problem: Problem) -> tuple[Contender, ...]:
+    """The default, and the two of the others that are most often the quickest."""
+    pairs = [
+        ("picard, every 4th step checked", "implicit"),
+        ("anderson, every 2nd step checked", "implicit"),
+        ("auto", "implicit"),
+    ]
+    return tuple(_contender(problem, solver, adjoint) for solver, adjoint in pairs)
+
+
+def _contender(problem: Problem, solver: str, adjoint: str) -> Contender:
+    def make(forward: float, backward: float, _: Counts | None) -> Runner:
+        return _runner(problem, SOLVERS[solver](forward), ADJOINTS[adjoint](backward))
+
+    return Contender(f"{solver}; {adjoint}", make)
+
+
+def _runner(problem: Problem, solver: Method, adjoint: ti.Implicit) -> Runner:
+    start = problem.start
+
+    def solution() -> ti.Solution:
+        return ti.fixed_point(
+            problem.cell, start, problem.x, batch_dims=1, solver=solver, adjoint=adjoint, on_failure="ignore"
+        )
+
+    return torch_runner(
+        problem, lambda: _tensor(solution()), lambda: _count(problem, solution), {"solver": repr(solver)}
+    )
+
+
+def closed_form(problem: Problem, label: str, forward: float, backward: float) -> Runner:
+    """`TanhEquilibrium`, which knows its Jacobian, with the solver and adjoint of a contender's label."""
+    if not isinstance(problem.cell, TanhCell):
+        raise ValueError(f"{problem.name}: there is a closed form for tanh cells only")
+    solver, adjoint = label.split("; ")
+    layer = ti.nn.TanhEquilibrium(
+        problem.x.shape[1],
+        solver=SOLVERS[solver](forward),
+        adjoint=ADJOINTS[adjoint](backward),
+        on_failure="ignore",
+    )
+    layer.linear.weight = problem.cell.weight
+    return torch_runner(problem, lambda: layer(problem.x), lambda: _count(problem, lambda: layer.solve(problem.x)), {})
+
+
+def _tensor(solution: ti.Solution) -> Tensor:
+    value = solution.value
+    assert isinstance(value, torch.Tensor)
+    return value
+
+
+def _count(problem: Problem, solve: Callable[[], ti.Solution]) -> Counts:
+    solution = solve()
+    differentiate(problem, lambda: _tensor(solution))
+    return Counts(solution.evaluations, solution.adjoint.evaluations or 0)
