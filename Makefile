@@ -13,6 +13,7 @@ THREADS ?= 1
 TEST_WORKERS ?= auto
 TEST_ARGS ?=
 SOLVERS_ARGS ?=
+BENCH_ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt $(PIP_ARGS)
@@ -21,7 +22,7 @@ CHECKED := src tests benchmarks
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help mnist test lint format format-check types test-quick tests bench-notebook bench-solvers mutants evidence hooks clean distclean
+.PHONY: help mnist test lint format format-check types test-quick tests bench bench-notebook bench-solvers mutants evidence hooks clean distclean
 
 help: ## say what there is
 	@echo "usage: make TARGET"
@@ -76,6 +77,10 @@ $(VENV)/.bench: pyproject.toml $(VENV)/.torch
 	@echo "installing torchimplicit[train,bench]"
 	@$(PIP) --editable '.[train,bench]'
 	@touch $@ $(VENV)/.train
+
+# The status of a run with misses is 1; the report is written all the same.
+bench: $(VENV)/.bench ## measure every row beside the peers into benchmarks/ (BENCH_ARGS="--quick 'torchdeq/*'" for some)
+	$(BIN)/torchimplicit bench $(BENCH_ARGS) --out benchmarks
 
 bench-solvers: $(VENV)/.bench ## run our solvers and the peers on the test problems (SOLVERS_ARGS=--quick for some)
 	$(BIN)/python -m benchmarks.solver_table $(SOLVERS_ARGS)

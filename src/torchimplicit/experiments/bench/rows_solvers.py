@@ -94,6 +94,7 @@ def measure_newton(settings: Settings) -> Measurement:
             "method": quickest,
             "residuals": residuals,
             "seconds": {name: result.median(name) for name in runs},
+            "cpu_ratio": result.cpu_ratio("ours", quickest).median,
             "steps": int(solution.steps.max()),
             "evaluations": solution.evaluations,
         },
