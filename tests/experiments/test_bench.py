@@ -211,6 +211,15 @@ def test_the_measurement_comes_back_with_its_circumstances() -> None:
     assert record.processor
 
 
+def test_a_value_that_is_no_number_is_a_failure() -> None:
+    written = json.dumps(_measurement(0.25).__dict__ | {"value": None})
+    record = runner.measure(
+        _row("a"), Settings(), 60, _worker(f"import sys; open(sys.argv[3], 'w').write({written!r})")
+    )
+    assert record.verdict == "FAILED"
+    assert record.detail == "the value is not a finite number"
+
+
 def test_settings_reach_the_other_process() -> None:
     settings = Settings(3, True, 7, Path("/data"))
     assert settings_from_json(settings_to_json(settings)) == settings

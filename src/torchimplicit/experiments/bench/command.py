@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from torchimplicit.experiments.bench import plots, registry, report, results, runner
 from torchimplicit.experiments.bench.results import Record
-from torchimplicit.experiments.bench.row import Row, Settings
+from torchimplicit.experiments.bench.row import Settings
 from torchimplicit.experiments.files import write_atomically
 
 COLOURS = {"met": "green", "MISSED": "red", "NOT VERIFIED": "red", "FAILED": "red"}
@@ -57,7 +58,7 @@ def run(order: Order, console: Console) -> bool:
         for row in rows:
             progress.update(task, description=row.name)
             fresh[row.name] = runner.measure(row, order.settings, order.limit)
-            _show(row, fresh[row.name], console)
+            console.print(_told(fresh[row.name]), highlight=False, soft_wrap=True)
             write(order.out, _merged(records, fresh))
             progress.advance(task)
     everything = _merged(records, fresh)
@@ -84,13 +85,7 @@ def write(out: Path, records: dict[str, Record], drawn: Sequence[Path] | None = 
     write_atomically(out / report.REPORT, report.make_report(records, drawn).encode())
 
 
-def _show(row: Row, record: Record, console: Console) -> None:
-    console.print(_told(record), highlight=False, soft_wrap=True)
-
-
 def _told(record: Record) -> str:
-    from rich.markup import escape
-
     colour = COLOURS.get(record.verdict, "yellow")
     m = record.measurement
     found = escape(record.detail) if m is None else f"{m.value:.3g} ({m.low:.3g}-{m.high:.3g})"

@@ -3,6 +3,7 @@
 # The peers are an extra of their own, and need not be there for the types to be checked.
 # pyright: reportMissingImports=false
 
+import warnings
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.nn import functional
 from torchimplicit.experiments.bench.contender import Contender, Counts, Runner, torch_runner
 from torchimplicit.experiments.bench.problems import Problem
 
-_STEPS = 2000
+_STEPS = 500
 
 
 def _f(z: Tensor, weight: Tensor, x: Tensor) -> Tensor:
@@ -34,8 +35,10 @@ def _unknown() -> Counts:
 
 def xitorch(problem: Problem) -> tuple[Contender, ...]:
     """`xitorch.optimize.equilibrium` by each of its methods, with each of its matrix-free adjoint solvers."""
+    from xitorch._utils.exceptions import ConvergenceWarning
     from xitorch.optimize import equilibrium
 
+    warnings.simplefilter("ignore", ConvergenceWarning)  # what it returns is judged here
     size = _norm(problem)
 
     def contender(method: str, adjoint: str) -> Contender:

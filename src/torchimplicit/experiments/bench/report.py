@@ -74,7 +74,7 @@ def _line(record: Record) -> str:
 
 
 def _short(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3g}"
+    return "" if value is None else f"{value:.3g}"
 
 
 def summarise(measurement: Measurement) -> str:

@@ -70,8 +70,7 @@ class Record:
             return "NOT VERIFIED"
         if self.bar is None:
             return "no bar"
-        value = self.measurement.value
-        return "met" if value is not None and value <= self.bar else "MISSED"
+        return "met" if self.measurement.value <= self.bar else "MISSED"
 
 
 def blank_record(row: Row, settings: Settings) -> Record:
@@ -160,7 +159,7 @@ def write(path: Path, records: Mapping[str, Record]) -> None:
 def summary_measurement(records: Mapping[str, Record], names: Sequence[str]) -> Measurement | None:
     """The median of the values of some rows; None if none was measured. It is verified if all of them are there."""
     found = [records[name].measurement for name in names if name in records]
-    values = [m.value for m in found if m is not None and m.value is not None]
+    values = [m.value for m in found if m is not None]
     if not values:
         return None
     verified = len(values) == len(names) and all(m is not None and m.verified for m in found)

@@ -53,6 +53,8 @@ def measure(row: Row, settings: Settings, limit: float, worker: tuple[str, ...] 
         if done.returncode != 0 or not file.is_file():
             return blank.changed(outcome="failed", detail=_last_words(done), took=took)
         measurement = Measurement(**json.loads(file.read_text()))
+    if measurement.value is None:  # NaN and infinity are null in JSON
+        return blank.changed(outcome="failed", detail="the value is not a finite number", took=took)
     return blank.changed(outcome="measured", measurement=measurement, took=took)
 
 

@@ -10,10 +10,12 @@ from torchimplicit.experiments.bench.reference import Accuracy, Reference
 
 FORWARD = tuple(10 ** (-k / 2) for k in range(4, 14))
 """Forward tolerances that are tried, from 1e-2 to 3e-7 by half decades."""
-BACKWARD = tuple(10 ** (-k / 2) for k in range(3, 15))
-"""Backward tolerances that are tried, from 3e-2 to 1e-7."""
+BACKWARD = tuple(10 ** (-k / 2) for k in range(3, 13))
+"""Backward tolerances that are tried, from 3e-2 to 1e-6."""
 CURVE = tuple(10 ** (-k / 2) for k in range(2, 13))
 """Forward tolerances of a curve of time against residual."""
+_BEGIN = FORWARD.index(10**-4.5)
+"""Near the forward tolerance that most contenders need."""
 _CLOSE = 1.7
 """Who took so many times the quickest time, or more, at a first look, is out."""
 
@@ -63,10 +65,11 @@ def search(reference: Reference, contender: Contender, hopeless: float = float("
     def accuracy(i: int, j: int) -> Accuracy:
         return reference.judge(*contender.make(FORWARD[i], BACKWARD[j], None).found())
 
-    contender.make(FORWARD[-1], BACKWARD[0], None).solution()  # compiles what is compiled
-    if _clocked(contender.make(FORWARD[2], BACKWARD[0], None).solution) > hopeless:
+    first_look = contender.make(FORWARD[_BEGIN], BACKWARD[0], None)
+    first_look.solution()  # compiles what is compiled
+    if _clocked(first_look.solution) > hopeless:
         return []
-    first = _loosest(solved, len(FORWARD))
+    first = _loosest_near(solved, _BEGIN, len(FORWARD))
     if first is None:
         return []
     trials: list[Trial] = []
@@ -102,6 +105,15 @@ def _loosest(suffices: Callable[[int], bool], count: int) -> int | None:
         else:
             low = middle + 1
     return high
+
+
+def _loosest_near(suffices: Callable[[int], bool], begin: int, count: int) -> int | None:
+    """The same by single steps from a guess: the tightest tolerances may be out of reach, and take forever."""
+    if suffices(begin):
+        while begin > 0 and suffices(begin - 1):
+            begin -= 1
+        return begin
+    return next((i for i in range(begin + 1, count) if suffices(i)), None)
 
 
 def _attempt(reference: Reference, contender: Contender, forward: float, backward: float) -> Trial:
