@@ -50,6 +50,11 @@ def equilibrate(matrix: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     not finite becomes a matrix of zeros.
     """
     rows = matrix.abs().amax(dim=-1)
+    size = torch.linalg.vector_norm(b, dim=1, keepdim=True)
+    # Their sum is finite only where all that went into it is.
+    if torch.equal(rows, (rows + (size - size)).clamp(torch.finfo(rows.dtype).tiny, torch.finfo(rows.dtype).max)):
+        scaling = rows.reciprocal()
+        return matrix * scaling[:, :, None], scaling, torch.ones(len(b), dtype=torch.bool, device=b.device)
     finite = rows.isfinite().all(dim=-1) & b.isfinite().all(dim=-1)
     scaling = torch.where((rows > 0) & finite[:, None], rows, 1.0).reciprocal()
     return torch.where(finite[:, None, None], matrix * scaling[:, :, None], 0.0), scaling, finite

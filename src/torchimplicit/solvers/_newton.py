@@ -138,7 +138,8 @@ class _NewtonSteps(Solver[_Progress]):
 
     def _after(self, search: Search, state: _Progress, waiting: Tensor) -> _Progress:
         """The state after a step in which some samples took Newton's, and `waiting` ones the plain one."""
-        eta = state.eta if isinstance(self.forcing, float) else _forcing(search.norm, state)
+        constant = isinstance(self.forcing, float) or isinstance(self._linear(), LU)  # which needs no tolerance
+        eta = state.eta if constant else _forcing(search.norm, state)
         wait, pause = state.wait, state.pause
         if wait is not None:
             wait = torch.where(waiting & (search.norm < state.norm), wait - 1, state.nobody)

@@ -5,15 +5,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from torchimplicit.experiments.bench import rows_jax, rows_scaling, rows_solvers, rows_torchdeq
+from torchimplicit.experiments.bench import (
+    rows_accuracy,
+    rows_costs,
+    rows_jax,
+    rows_mnist,
+    rows_scaling,
+    rows_solvers,
+    rows_torchdeq,
+    rows_warm,
+)
 from torchimplicit.experiments.bench.row import Row
 from torchimplicit.experiments.errors import ExperimentError
 
 # A file of rows is added here, and in the import above.
 ROWS: tuple[Row, ...] = (
+    *rows_mnist.ROWS,
+    *rows_accuracy.ROWS,
     *rows_torchdeq.ROWS,
     *rows_jax.ROWS,
     *rows_solvers.ROWS,
+    *rows_costs.ROWS,
+    *rows_warm.ROWS,
     *rows_scaling.ROWS,
 )
 
