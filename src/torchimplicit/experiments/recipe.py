@@ -50,7 +50,7 @@ def make_solver(name: str, tolerance: float, batch_size: int) -> RecipeSolver:
         # Far from the solution plain steps are as good as Newton's and cost a fraction; near it a linear system solved
         # to 3 % cuts the residual as far. Each sample's own J is used, by products alone.
         linear = ti.Cascade(dense_limit=0, gmres=ti.GMRES(restart=10, max_steps=10))
-        return ti.Newton(linear_solver=linear, forcing=0.03, warmup=24, check_every=12, atol=atol, rtol=0.0, norm="two")
+        return ti.Newton(linear_solver=linear, forcing=0.03, warmup=36, check_every=12, atol=atol, rtol=0.0, norm="two")
     raise ExperimentError(f"solver: unknown solver '{name}', valid ones are {', '.join(SOLVERS)}")
 
 

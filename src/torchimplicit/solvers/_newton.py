@@ -12,9 +12,11 @@ from .._solution import Status
 from ..linear import GMRES, LU, Factors, Inverse, LinearSolver
 from ._base import Solver, Step, hold
 from ._line_search import Search
+from ._picard import Extrapolation, Picard
 
 _ETA_MAX, _GAMMA = 0.5, 0.9
 _LONGEST_WAIT = 16
+_WARMUP = Picard(extrapolate_every=12)
 
 
 @dataclass
@@ -29,6 +31,7 @@ class _Progress:
         nobody: zeros.
         warmup: plain steps that every sample takes first.
         factors: of each sample's latest matrix, where they are kept.
+        before: the state of the plain steps.
     """
 
     norm: Tensor
@@ -38,6 +41,7 @@ class _Progress:
     nobody: Tensor
     warmup: int
     factors: Factors | None = None
+    before: Extrapolation | None = None
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,8 @@ class _NewtonSteps(Solver[_Progress]):
         nobody = torch.zeros_like(norm, dtype=torch.long)
         plain = problem.kind == "fixed_point" and self.max_backtracks > 0
         eta = torch.full_like(norm, 0.1)
-        return _Progress(norm, eta, nobody if plain else None, nobody + 1, nobody, self.warmup if plain else 0)
+        warmup, before = (self.warmup, Extrapolation()) if plain and self.warmup else (0, None)
+        return _Progress(norm, eta, nobody if plain else None, nobody + 1, nobody, warmup, before=before)
 
     def steps(
         self, problem: Problem, z: Tensor, evaluation: Evaluation, state: _Progress, active: Tensor | None, count: int
@@ -84,10 +89,12 @@ class _NewtonSteps(Solver[_Progress]):
         """The plain steps of the warm-up, as many at once as nobody looks at, or one step."""
         if not state.warmup:
             return self.step(problem, z, evaluation, state, active)
-        count = min(count, state.warmup)
-        z, value = problem.repeat(evaluation.value, count)
-        found = problem.evaluation(z, value)
-        return Step(z, found, replace(state, norm=found.norm, warmup=state.warmup - count), count=count)
+        plain = _WARMUP.steps(problem, z, evaluation, state.before, active, min(count, state.warmup))
+        left = state.warmup - plain.count
+        # Newton's first step asks for the norm.
+        norm = state.norm if left else plain.evaluation.norm
+        after = replace(state, norm=norm, warmup=left, before=state.before if left else None)
+        return Step(plain.z, plain.evaluation, after, count=plain.count)
 
     def step(
         self, problem: Problem, z: Tensor, evaluation: Evaluation, state: _Progress, active: Tensor | None
@@ -169,7 +176,8 @@ class Newton(_NewtonSteps):
         max_backtracks: halvings tried; 0 takes full steps always (plain Newton, which may wander uphill).
         forcing: relative tolerance of the linear solves in (0, 1); None is Eisenstat–Walker. Looser near the solution,
             where less will do. LU ignores it.
-        warmup: plain steps of a fixed point before the first Newton step, for maps that contract.
+        warmup: plain steps of a fixed point before the first Newton step, for maps that contract; each twelfth of them
+            is extrapolated, as by `Picard(extrapolate_every=12)`.
     """
 
     def _linear(self) -> LinearSolver:
@@ -190,7 +198,8 @@ class NewtonKrylov(_NewtonSteps):
         linear_solver: `GMRES`, `BiCGStab`, `CG`, `Neumann` or `Cascade`, with its preconditioner; None is `GMRES()`.
         max_backtracks: halvings tried; 0 takes full steps always.
         forcing: `"eisenstat-walker"`, or a constant in (0, 1).
-        warmup: plain steps of a fixed point before the first Newton step, for maps that contract.
+        warmup: plain steps of a fixed point before the first Newton step, for maps that contract; each twelfth of them
+            is extrapolated, as by `Picard(extrapolate_every=12)`.
     """
 
     forcing: float | Literal["eisenstat-walker"] = "eisenstat-walker"

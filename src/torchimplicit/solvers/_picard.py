@@ -23,7 +23,7 @@ class _Damping:
 
 
 @dataclass
-class _Extrapolation:
+class Extrapolation:
     """What the last extrapolation began with, and what the next one needs.
 
     Attributes:
@@ -40,9 +40,17 @@ class _Extrapolation:
     norm: Tensor | None = None
     off: Tensor | None = None
 
+    def select(self, samples: Tensor) -> "Extrapolation":
+        """That of some samples, by their indices."""
+        parts = (self.residual, self.plain, self.norm, self.off)
+        return Extrapolation(self.taken, *(None if t is None else t.index_select(0, samples) for t in parts))
+
+
+_State = _Damping | Extrapolation | None
+
 
 @dataclass(frozen=True)
-class Picard(Solver[_Damping | _Extrapolation | None]):
+class Picard(Solver[_State]):
     """`z ← z + damping·r(z)`: with `damping=1`, `z ← fn(z)` for a fixed point (Picard 1890, Banach 1922).
 
     Converges at the rate `ρ(I + damping·(J − I))` where that is below 1, so a contraction needs no damping; damping
@@ -79,10 +87,10 @@ class Picard(Solver[_Damping | _Extrapolation | None]):
             self._require_count("extrapolate_every", 2)
             self._require("damping_patience", self.damping_patience is None, "None where extrapolate_every is given")
 
-    def init(self, problem: Problem, z: Tensor, evaluation: Evaluation) -> _Damping | _Extrapolation | None:
+    def init(self, problem: Problem, z: Tensor, evaluation: Evaluation) -> _State:
         """No state, unless the damping changes or steps are extrapolated."""
         if self.extrapolate_every is not None:
-            return _Extrapolation()
+            return Extrapolation()
         if self.damping_patience is None:
             return None
         norm = evaluation.norm
@@ -93,9 +101,9 @@ class Picard(Solver[_Damping | _Extrapolation | None]):
         problem: Problem,
         z: Tensor,
         evaluation: Evaluation,
-        state: _Damping | _Extrapolation | None,
+        state: _State,
         active: Tensor | None,
-    ) -> Step[_Damping | _Extrapolation | None]:
+    ) -> Step[_State]:
         """One application of fn, to all samples: leaving some out would cost more than it saves."""
         return self.steps(problem, z, evaluation, state, active, 1)
 
@@ -104,19 +112,19 @@ class Picard(Solver[_Damping | _Extrapolation | None]):
         problem: Problem,
         z: Tensor,
         evaluation: Evaluation,
-        state: _Damping | _Extrapolation | None,
+        state: _State,
         active: Tensor | None,
         count: int,
-    ) -> Step[_Damping | _Extrapolation | None]:
+    ) -> Step[_State]:
         """Undamped, a step is a call of fn and nothing else."""
         if isinstance(state, _Damping):
             return self._damped(problem, z, evaluation, state)
-        if isinstance(state, _Extrapolation):
+        if isinstance(state, Extrapolation):
             return self._block(problem, z, evaluation, state, active, count)
         z, evaluation = self._advance(problem, z, evaluation, count)
         return Step(z, evaluation, state, count=count)
 
-    def _damped(self, problem: Problem, z: Tensor, evaluation: Evaluation, state: _Damping) -> Step[_Damping]:
+    def _damped(self, problem: Problem, z: Tensor, evaluation: Evaluation, state: _Damping) -> Step[_State]:
         """A step whose damping each sample has found for itself."""
         assert self.damping_patience is not None
         z = torch.addcmul(z, state.factor[:, None], evaluation.residual)
@@ -133,10 +141,10 @@ class Picard(Solver[_Damping | _Extrapolation | None]):
         problem: Problem,
         z: Tensor,
         evaluation: Evaluation,
-        state: _Extrapolation,
+        state: Extrapolation,
         active: Tensor | None,
         count: int,
-    ) -> Step[_Extrapolation]:
+    ) -> Step[_State]:
         """Steps up to the next extrapolation: a plain one, the extrapolated one, and plain ones after that."""
         assert self.extrapolate_every is not None
         phase, taken = state.taken % self.extrapolate_every, 0
@@ -171,7 +179,7 @@ class Picard(Solver[_Damping | _Extrapolation | None]):
         return self.damping == 1.0 and problem.kind == "fixed_point"
 
     def _look_back(
-        self, problem: Problem, z: Tensor, evaluation: Evaluation, state: _Extrapolation, active: Tensor | None
+        self, problem: Problem, z: Tensor, evaluation: Evaluation, state: Extrapolation, active: Tensor | None
     ) -> tuple[Tensor, Evaluation]:
         """Before the step that an extrapolation follows: has the last one been of use?"""
         norm = evaluation.norm
@@ -190,9 +198,10 @@ class Picard(Solver[_Damping | _Extrapolation | None]):
         state.norm, state.residual = norm, evaluation.residual
         return z, evaluation
 
-    def _extrapolated(self, problem: Problem, z: Tensor, evaluation: Evaluation, state: _Extrapolation) -> Tensor:
+    def _extrapolated(self, problem: Problem, z: Tensor, evaluation: Evaluation, state: Extrapolation) -> Tensor:
         """With `Δ` the change of r in the last step, from z to p: `p + g (p − z)`, `g = argmin ‖r + g Δ‖`."""
         residual = evaluation.residual
+        assert state.residual is not None
         plain = evaluation.value if self._undamped(problem) else torch.add(z, residual, alpha=self.damping)
         change = residual - state.residual
         square = torch.linalg.vecdot(change, change).clamp_min_(torch.finfo(change.dtype).tiny)
