@@ -20,6 +20,7 @@ def play(
     repeats: int,
     same: Sequence[Contender] = (),
     curves: bool = False,
+    layer: bool = False,
 ) -> Measurement:
     """Search the tolerances of both sides, race the two winners, verify them once more, and keep the evidence.
 
@@ -29,6 +30,7 @@ def play(
         repeats: rounds of the race.
         same: contenders of ours that use the peer's own method, for comparison.
         curves: whether to measure the time of the winners' forward passes against the residual, too.
+        layer: whether the layer that we have for the cell may stand for ours, where it is quicker than the plain cell.
 
     Raises:
         RuntimeError: if a side meets the bounds at no tolerance.
@@ -70,6 +72,7 @@ def play(
         "closed_form_ratio": ratios["closed form"].median if "closed form" in ratios else None,
         "accuracy": {name: str(accuracy) for name, accuracy in accuracies.items()},
         "seconds": {name: result.median(name) for name in runners},
+        "plain_cell_ratio": ratios["ours"].median,
         "cpu_ratio": result.cpu_ratio("ours", "theirs").median,
         "cell_seconds": _cell_seconds(problem),
         "within_bounds": {
@@ -81,15 +84,19 @@ def play(
             for name, trial in (("ours", best), ("theirs", theirs))
         },
     }
-    ratio = ratios["ours"]
+    us = "ours"
+    if layer and "closed form" in ratios and ratios["closed form"].median < ratios["ours"].median:
+        us = "closed form"
+    evidence["measured_as"] = us
+    ratio = ratios[us]
     return Measurement(
         ratio.median,
         ratio.low,
         ratio.high,
         repeats,
-        result.median("ours"),
+        result.median(us),
         result.median("theirs"),
-        accuracies["ours"].good and accuracies["theirs"].good,
+        accuracies[us].good and accuracies["theirs"].good,
         evidence,
     )
 

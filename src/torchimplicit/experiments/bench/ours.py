@@ -16,6 +16,7 @@ MakeAdjoint = Callable[[float], ti.Implicit]
 SOLVERS: dict[str, MakeMethod] = {
     "picard": lambda rtol: ti.Picard(rtol=rtol),
     "picard, every 4th step checked": lambda rtol: ti.Picard(rtol=rtol, check_every=4),
+    "picard, extrapolated": lambda rtol: ti.Picard(rtol=rtol, check_every=4, extrapolate_every=8),
     "anderson": lambda rtol: ti.Anderson(rtol=rtol),
     "anderson, every 2nd step checked": lambda rtol: ti.Anderson(rtol=rtol, check_every=2),
     "broyden": lambda rtol: ti.Broyden(rtol=rtol),
@@ -40,7 +41,8 @@ def everything(problem: Problem) -> tuple[Contender, ...]:
     pairs = [
         ("picard", "implicit"),
         ("picard, every 4th step checked", "implicit"),
-        ("picard, every 4th step checked", "implicit, GMRES"),
+        ("picard, extrapolated", "implicit"),
+        ("picard, extrapolated", "implicit, GMRES"),
         ("anderson, every 2nd step checked", "implicit"),
         ("anderson, every 2nd step checked", "implicit, GMRES"),
         ("anderson, every 2nd step checked", "implicit, reuse"),
@@ -53,7 +55,7 @@ def everything(problem: Problem) -> tuple[Contender, ...]:
 def short_list(problem: Problem) -> tuple[Contender, ...]:
     """The default, and the two of the others that are most often the quickest."""
     pairs = [
-        ("picard, every 4th step checked", "implicit"),
+        ("picard, extrapolated", "implicit"),
         ("anderson, every 2nd step checked", "implicit"),
         ("auto", "implicit"),
     ]

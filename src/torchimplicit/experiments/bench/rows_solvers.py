@@ -14,7 +14,8 @@ from torchimplicit.experiments.bench.problems import Problem, make_problem
 from torchimplicit.experiments.bench.race import race
 from torchimplicit.experiments.bench.row import Measurement, Row, Settings
 
-BATCH, UNKNOWNS = 100, 20
+SYSTEMS = ((10_000, 3), (1_000, 5), (100, 20))
+"""How many, of how many unknowns."""
 EXACT = 1e-10
 """Bound on the worst sample's `‖g(z)‖ / ‖g(0)‖` of Newton's method."""
 
@@ -30,20 +31,20 @@ def _implicit(peer: str, name: str, problem: str, radius: float, bar: float | No
     return Row(f"{name}/{problem}/{radius:g}", title, bar, measure, needs=(peer,))
 
 
-def _draw_roots(seed: int) -> tuple[Tensor, Tensor]:
+def _draw_roots(batch: int, unknowns: int, seed: int) -> tuple[Tensor, Tensor]:
     """`A` and the right-hand sides of `z³ + A z = b`."""
     generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(UNKNOWNS, UNKNOWNS, generator=generator, dtype=torch.float64)
-    A = torch.eye(UNKNOWNS, dtype=torch.float64) + 0.5 * noise / UNKNOWNS**0.5
-    return A, 3.0 * torch.randn(BATCH, UNKNOWNS, generator=generator, dtype=torch.float64)
+    noise = torch.randn(unknowns, unknowns, generator=generator, dtype=torch.float64)
+    A = torch.eye(unknowns, dtype=torch.float64) + 0.5 * noise / unknowns**0.5
+    return A, 3.0 * torch.randn(batch, unknowns, generator=generator, dtype=torch.float64)
 
 
-def measure_newton(settings: Settings) -> Measurement:
-    """Solve 100 systems of 20 unknowns in float64: our Newton at once, SciPy one after the other."""
+def measure_newton(batch: int, unknowns: int, settings: Settings) -> Measurement:
+    """Solve many systems in float64: our Newton at once, SciPy one after the other."""
     import numpy
     from scipy.optimize import root
 
-    A, b = _draw_roots(settings.seed)
+    A, b = _draw_roots(batch, unknowns, settings.seed)
     start = torch.zeros_like(b)
     matrix, sides = A.numpy(), b.numpy()
 
@@ -61,10 +62,10 @@ def measure_newton(settings: Settings) -> Measurement:
 
         def jacobian(z: Any, _: Any) -> Any:
             J = matrix.copy()
-            J[numpy.diag_indices(UNKNOWNS)] += 3.0 * z * z
+            J[numpy.diag_indices(unknowns)] += 3.0 * z * z
             return J
 
-        zero = numpy.zeros(UNKNOWNS)
+        zero = numpy.zeros(unknowns)
         found = [root(function, zero, args=(side,), jac=jacobian, method=method, tol=1e-11).x for side in sides]
         return torch.from_numpy(numpy.stack(found))
 
@@ -101,16 +102,20 @@ def measure_newton(settings: Settings) -> Measurement:
     )
 
 
+def _newton(batch: int, unknowns: int) -> Row:
+    return Row(
+        f"scipy/newton/{batch}x{unknowns}",
+        f"{batch} systems of {unknowns} unknowns: our Newton in one batch against a loop over scipy.optimize.root",
+        0.1,
+        lambda settings: measure_newton(batch, unknowns, settings),
+        needs=("scipy",),
+    )
+
+
 ROWS = (
     _implicit("xitorch", "xitorch/equilibrium", "tanh-100", 0.7, 0.4),
     _implicit("xitorch", "xitorch/equilibrium", "tanh-100", 0.95, 0.4),
     _implicit("torchopt", "torchopt/custom-root", "tanh-100", 0.7, None),
     _implicit("torchopt", "torchopt/custom-root", "tanh-100", 0.95, None),
-    Row(
-        "scipy/newton",
-        f"{BATCH} systems of {UNKNOWNS} unknowns: our Newton in one batch against a loop over scipy.optimize.root",
-        0.1,
-        measure_newton,
-        needs=("scipy",),
-    ),
+    *(_newton(*size) for size in SYSTEMS),
 )
