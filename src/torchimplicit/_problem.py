@@ -130,8 +130,10 @@ class Problem:
         self._plain = False
         self.keeps_inverse = False
         self.has_closed_form = self._closed_form()
-        # Its hooks, of which it knows nothing, might draw or change something; a closed form has none.
-        self._purity.known = self.has_closed_form and bool(getattr(fn, "pure", False))
+        # Hooks, of which it knows nothing, might draw or change something, but with a closed form there are none; a
+        # `forward` that is newer than the promise is not meant by it.
+        promised = self.has_closed_form and bool(getattr(fn, "pure", False))
+        self._purity.known = promised and _age(fn, "pure") <= _age(fn, "forward")
         self._repeats = self._same and self._autocast is None and hasattr(fn, "repeat") and self.has_closed_form
 
     def _indexed_by_sample(self) -> bool:

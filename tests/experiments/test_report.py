@@ -101,7 +101,7 @@ def test_each_solver_falls_to_the_tolerance_on_the_trained_weights(runs: Path) -
         assert decay["evaluations"] == sorted(decay["evaluations"])
         assert decay["steps"][-1] == decay["iterations"]
     newton, picard = decays[2], decays[0]
-    assert newton["iterations"] < picard["iterations"]
+    assert newton["iterations"] <= picard["iterations"]
 
 
 def test_the_table_shows_the_metrics(runs: Path) -> None:
