@@ -44,28 +44,21 @@ class Neumann(LinearSolver):
         """Solve `A x = b`, `b` `(B, n)`, until `‖b − A x‖ ≤ rtol·‖b‖` in each sample."""
         size = two(b)
         target = rtol * size
-        rows = _Rows(operator, torch.zeros_like(b), b, size, target, size)
-        found = _Found(rows.value, size, torch.zeros_like(size, dtype=torch.long))
-        # NaN counts as above the target, here and below.
-        above = (size <= target).logical_not_()
+        found = _Found(torch.zeros_like(b), size.clone(), torch.zeros_like(size, dtype=torch.long))
+        rows = _Rows(operator, None, b, size, target, size)
+        left = (size > target).nonzero()[:, 0]
         divisible = getattr(operator, "divisible", True)
         taken = looked = looks = 0
-        while True:
-            left = above.nonzero()[:, 0]
-            if left.numel() < above.numel():
-                found.put(rows, taken)
-                if not left.numel():
-                    break
-                if divisible:
-                    rows = rows.select(left)
-                else:
-                    rows.running = above
+        if left.numel() < len(b):
+            rows = rows.select(left) if divisible else rows.rest(size > target)
+        while left.numel():
             # Norms are looked at every few steps, always the same ones.
             terms = min(_NEXT if taken else _FIRST, self.max_steps - taken)
             rows.advance(terms, first=not taken)
             taken += terms
             looks += 1
-            above = (rows.norm <= rows.target).logical_not_()
+            # NaN is not above: what is found of such a row says what it is.
+            above = rows.norm > rows.target
             if taken >= self.max_steps:
                 above.zero_()
             elif looks == self.patience:
@@ -73,6 +66,11 @@ class Neumann(LinearSolver):
                 rows.reference, looked, looks = rows.norm, taken, 0
             if rows.running is not None:
                 above &= rows.running
+            left = above.nonzero()[:, 0]
+            if left.numel() < len(above):
+                found.add(rows, taken)
+                if left.numel():
+                    rows = rows.select(left) if divisible else rows.rest(above)
         if verify and taken:
             found.norm = two(b - operator.mv(found.value))
         return _report(found, size, target, self.max_steps)
@@ -84,7 +82,7 @@ class _Rows:
 
     Attributes:
         operator: `A` of each.
-        value: what has been summed, `(rows, n)`.
+        sum: what has come to the solution since it was last added to what was found, `(rows, n)`; None for nothing.
         residual: what is left, `(rows, n)`.
         norm: of the residual, `(rows,)`.
         target: what the norm is to come down to, `(rows,)`.
@@ -94,7 +92,7 @@ class _Rows:
     """
 
     operator: LinearOperator
-    value: Tensor
+    sum: Tensor | None
     residual: Tensor
     norm: Tensor
     target: Tensor
@@ -107,19 +105,34 @@ class _Rows:
         if not first:
             change = self.operator.mv(self.residual)
             length = _length(self.residual, change)
-            self.value = torch.addcmul(self.value, length, self.residual)
+            if self.sum is None:
+                self.sum = length * self.residual
+            else:
+                self.sum = torch.addcmul(self.sum, length, self.residual)
             self.residual = torch.addcmul(self.residual, length, change, value=-1)
             terms -= 1
         if terms:
             total, self.residual = self.operator.neumann(self.residual, terms)
-            self.value = self.value + total
+            self.sum = total if self.sum is None else self.sum + total
         self.norm = two(self.residual)
 
     def select(self, left: Tensor) -> "_Rows":
-        """Some of the rows, by their indices."""
-        parts = (t.index_select(0, left) for t in (self.value, self.residual, self.norm, self.target, self.reference))
-        samples = left if self.samples is None else self.samples.index_select(0, left)
-        return _Rows(self.operator.select(left), *parts, samples=samples)
+        """Some of the rows, by their indices; their sums have been added to what was found."""
+        norm = self.norm.index_select(0, left)
+        return _Rows(
+            self.operator.select(left),
+            None,
+            self.residual.index_select(0, left),
+            norm,
+            self.target.index_select(0, left),
+            norm if self.reference is self.norm else self.reference.index_select(0, left),
+            samples=left if self.samples is None else self.samples.index_select(0, left),
+        )
+
+    def rest(self, running: Tensor) -> "_Rows":
+        """The same rows, of which only some run, `(rows,)` bool."""
+        self.sum, self.running = None, running
+        return self
 
 
 @dataclass
@@ -130,19 +143,20 @@ class _Found:
     norm: Tensor
     steps: Tensor
 
-    def put(self, rows: _Rows, taken: int) -> None:
-        """Take over what some rows have come to; those that go on will be put again."""
+    def add(self, rows: _Rows, taken: int) -> None:
+        """Take over what some rows have come to; those that go on will add to it."""
+        assert rows.sum is not None
         if rows.running is not None:
             going = rows.running
-            self.value = torch.where(going[:, None], rows.value, self.value)
+            self.value = torch.where(going[:, None], self.value + rows.sum, self.value)
             self.norm = torch.where(going, rows.norm, self.norm)
             self.steps = torch.where(going, taken, self.steps)
         elif rows.samples is None:
-            self.value, self.norm = rows.value, rows.norm
+            self.value, self.norm = self.value.add_(rows.sum), rows.norm
             self.steps.fill_(taken)
         else:
-            self.value.index_copy_(0, rows.samples, rows.value)
-            self.norm.index_copy_(0, rows.samples, rows.norm)
+            self.value.index_add_(0, rows.samples, rows.sum)
+            self.norm = self.norm.index_copy(0, rows.samples, rows.norm)
             self.steps.index_fill_(0, rows.samples, taken)
 
 

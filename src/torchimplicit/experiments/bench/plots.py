@@ -125,9 +125,31 @@ def _scaling(row: str, key: str, label: str) -> Callable[[Mapping[str, Record], 
     return figure_of
 
 
+def _memory(records: Mapping[str, Record], path: Path) -> bool:
+    """The most memory held at once against the number of steps, one line for each way to solve."""
+    from matplotlib.figure import Figure
+
+    evidence = _evidence(records, "memory/steps")
+    if evidence is None:
+        return False
+    figure = Figure(figsize=(5.5, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for name, peaks in evidence["peaks"].items():
+        steps, size = [peak["steps"] for peak in peaks], [peak["both"] / 1e6 for peak in peaks]
+        style = "o--" if name in ("notebook", "torchdeq") else "o-"
+        axes.loglog(steps, size, style, markersize=4, color=COLOURS.get(name), label=name)
+    axes.set_xlabel("solver steps")
+    axes.set_ylabel("peak of forward and backward, MB")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    return True
+
+
 FIGURES: dict[str, Callable[[Mapping[str, Record], Path], bool]] = {
     "time-to-residual": _time_to_residual,
     "evaluations": _evaluations,
+    "memory": _memory,
     "scaling-features": _scaling("scaling/features", "features", "features"),
     "scaling-batch": _scaling("scaling/batch", "batch", "batch"),
 }
