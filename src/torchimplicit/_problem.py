@@ -30,7 +30,7 @@ class Evaluation:
     The residual is computed when it is first looked at: a plain Picard step between two checks never does.
     """
 
-    __slots__ = ("_norm", "_residual", "_start", "_target", "objective", "value")
+    __slots__ = ("_norm", "_residual", "_room", "_start", "_target", "objective", "value")
 
     def __init__(
         self,
@@ -39,6 +39,7 @@ class Evaluation:
         residual: Tensor | None = None,
         objective: Tensor | None = None,
         target: Tensor | None = None,
+        room: Tensor | None = None,
     ) -> None:
         self.value = value
         self.objective = objective
@@ -46,6 +47,7 @@ class Evaluation:
         self._residual = residual
         self._target = target
         self._norm: Tensor | None = None
+        self._room = room
 
     @property
     def residual(self) -> Tensor:
@@ -56,9 +58,15 @@ class Evaluation:
 
     @property
     def norm(self) -> Tensor:
-        """`‖r‖₂` of each sample, `(B,)`: the loop and most solvers look at it, and it is computed once."""
+        """`‖r‖₂` of each sample, `(B,)`: the loop and most solvers look at it, and it is computed once.
+
+        Where there is room for it, the residual itself is not kept: to fill new memory takes longer than to subtract.
+        """
         if self._norm is None:
-            self._norm = two(self.residual)
+            if self._room is None or self._residual is not None or self._start is None:
+                self._norm = two(self.residual)
+            else:
+                self._norm = two(torch.sub(self.value, self._start, out=self._room))
         return self._norm
 
     @property
@@ -113,6 +121,7 @@ class Problem:
         self._counted = [0]
         self._last: Tensor | None = None
         self._version = 0
+        self._room: Tensor | None = None
         # The state's own shape is (B, n) already: nothing to pack or unpack.
         self._shape = layout.shapes[0]
         self._same = layout.bare and self._shape == layout.matrix_shape
@@ -239,15 +248,23 @@ class Problem:
         """Value and residual at a state `(B, n)`, and the objective where there is one."""
         return self.evaluation(z, self.output(z))
 
-    def evaluation(self, z: Tensor, value: Tensor) -> Evaluation:
-        """The evaluation at a state where fn's value is known."""
+    def evaluation(self, z: Tensor, value: Tensor, norm_only: bool = False) -> Evaluation:
+        """The evaluation at a state where fn's value is known.
+
+        Args:
+            z: the state, `(B, n)`.
+            value: fn there.
+            norm_only: of the residual nothing but its norm will be asked for, as a rule.
+        """
         if self.kind != "fixed_point":
             if not isinstance(self.fn, Gradient):
                 return Evaluation(value)
             residuals = self.fn.residuals
             target = None if residuals is None else -residuals
             return Evaluation(value, objective=self.fn.objective, target=target)
-        return Evaluation(value, z if self._same else self.layout.rounded(z))
+        if norm_only and (self._room is None or self._room.shape != value.shape):
+            self._room = torch.empty_like(value)
+        return Evaluation(value, z if self._same else self.layout.rounded(z), room=self._room if norm_only else None)
 
     def repeat(self, value: Tensor, times: int) -> tuple[Tensor, Tensor]:
         """fn applied `times` in succession, from a state `(B, n)`: the last state and fn's value there.

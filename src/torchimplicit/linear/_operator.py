@@ -255,8 +255,8 @@ class ResidualJacobian:
             if both is not None:
                 return both
         total, rest = p, self._richardson(p)
-        for _ in range(terms - 1):
-            total = total + rest
+        for i in range(terms - 1):
+            total = total.add_(rest) if i else total + rest
             rest = self._richardson(rest)
         return total, rest
 

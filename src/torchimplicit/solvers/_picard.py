@@ -156,7 +156,7 @@ class Picard(Solver[_State]):
             start = self._extrapolated(problem, z, evaluation, state)
             if self._undamped(problem):
                 z, value = problem.repeat(start, count - taken)
-                evaluation = problem.evaluation(z, value)
+                evaluation = problem.evaluation(z, value, norm_only=True)
             else:
                 z, evaluation = self._advance(problem, start, problem.evaluate(start), count - taken - 1)
         elif taken < count:
@@ -168,7 +168,7 @@ class Picard(Solver[_State]):
         """Plain steps."""
         if self._undamped(problem):
             z, value = problem.repeat(evaluation.value, count)
-            return z, problem.evaluation(z, value)
+            return z, problem.evaluation(z, value, norm_only=True)
         for _ in range(count):
             z = torch.add(z, evaluation.residual, alpha=self.damping)
             evaluation = problem.evaluate(z)
