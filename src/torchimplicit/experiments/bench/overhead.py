@@ -29,9 +29,9 @@ SOLVERS: dict[str, Method] = {
 class Clock:
     """Seconds spent in the cell: in its calls, and in the products with its Jacobian.
 
-    A product of the adjoint solve is torch's whole backward pass through the recorded cell, with what torch itself takes
-    to begin and to end it; the last one, which goes to the parameters, is part of the caller's own backward pass, and
-    counts from where the gradient comes in to where that ends.
+    A product of the adjoint solve is torch's whole backward pass through the recorded cell, with what torch itself
+    takes to begin and to end it; the last one, which goes to the parameters, is part of the caller's own backward pass,
+    and counts from where the gradient comes in to where that ends.
     """
 
     def __init__(self) -> None:
