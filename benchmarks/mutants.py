@@ -26,7 +26,14 @@ from benchmarks.record import RESULTS, circumstances, write
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "torchimplicit"
-TESTS = ("test_bilevel", "test_derivatives", "test_derivative_edges", "test_derivative_styles", "test_failures")
+TESTS = (
+    "test_bilevel",
+    "test_pullback",
+    "test_derivatives",
+    "test_derivative_edges",
+    "test_derivative_styles",
+    "test_failures",
+)
 """For the rules; a mistake elsewhere shows in the last ones, which are then run first."""
 LIMIT = 600
 """Seconds: a mutant that never ends is noticed, too."""
@@ -382,6 +389,27 @@ MUTANTS = [
         "_attach.py",
         "self.adjoint.solve(self.operator.mT, v, self.inverse)",
         "self.adjoint.solve(self.operator, v, self.inverse)",
+    ),
+    Mutant("pullback: one part of two", "_attach.py", "else total[id(t)] + grad", "else grad"),
+    Mutant("pullback: believed incomplete", "_attach.py", "return operator if complete and", "return operator if"),
+    Mutant("pullback: no slope for x", "nn/_equilibrium.py", 'return (scaled,), {"linear', 'return (u,), {"linear'),
+    Mutant(
+        "pullback: no slope for W",
+        "nn/_equilibrium.py",
+        "torch.mm(scaled.reshape(-1, n).t(), self.z.reshape(-1, n))",
+        "torch.mm(u.reshape(-1, n).t(), self.z.reshape(-1, n))",
+    ),
+    Mutant(
+        "pullback: the slope where z was",
+        "nn/_equilibrium.py",
+        "torch.mm(scaled.reshape(-1, n).t(), self.z.reshape(-1, n))",
+        "torch.mm(scaled.reshape(-1, n).t(), self.slope.reshape(-1, n))",
+    ),
+    Mutant(
+        "pullback: nothing needed of the second derivative",
+        "_attach.py",
+        "if torch.is_grad_enabled() or not of.record:",
+        "if torch.is_grad_enabled() and of.record:",
     ),
 ]
 
