@@ -16,6 +16,8 @@ _FEW_FIRST, _FEW = 6, 8
 """Plain steps to the tolerance for which acceleration is not begun, after the first step, and again after a rest."""
 _MOST = 0.75
 """Share of the samples that have a history, above which those that rest keep theirs, unused."""
+_SMALL = 2**15
+"""Entries of the state up to which they do in any case: to leave them out would cost more than it saves."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ class Anderson(Solver[History]):
         count = min(count, state.asleep - state.taken)
         if self._undamped(problem):
             z, value = problem.repeat(evaluation.value, count)
-            found = problem.evaluation(z, value)
+            found = problem.evaluation(z, value, norm_only=True)
         else:
             count, z = 1, self._plain(problem, z, evaluation)
             found = problem.evaluate(z)
@@ -236,7 +238,8 @@ class Anderson(Solver[History]):
         if not len(rows):
             state.asleep = int(running.min())
         here = evaluation.residual, self._plain(problem, z, evaluation), norm
-        if 0 < _MOST * len(mine) <= len(rows) == int(mine.sum()):
+        most = 0.0 if norm.numel() * z.shape[1] <= _SMALL else _MOST
+        if len(rows) and most * len(mine) <= len(rows) == int(mine.sum()):
             state.doze(mine, *here)
             return None
         return state.rouse(rows, *here)

@@ -7,8 +7,10 @@ from torch import Tensor
 
 LOOK = 4
 """Steps between two looks at whether acceleration pays; rests end at looks."""
-_FIRST_GAIN, _LEAST_GAIN = 0.25, 0.07
-"""Share of the fall of the residual (of its logarithm) that acceleration must have, relative to the map's own."""
+_FEW_UNKNOWNS = 256
+_GAINS, _GAINS_OF_FEW = (0.25, 0.07), (0.1, 0.02)
+"""Share of the fall of the residual (of its logarithm) that acceleration must have, relative to the map's own: at the
+first look, and after that. With few unknowns it is cheap, whoever takes part."""
 
 
 @dataclass
@@ -31,6 +33,7 @@ class History:
         seen: norm of the residual at the last look, `(B,)`.
         looked: when that was.
         taken: steps so far.
+        rested: whether any sample has.
         waiting: the last step for which any sample waits.
         awake: the samples that have a history, by their indices, `(A,)`; None while all have.
         dozing: those of them that rest nevertheless, `(A,)` bool; None if none does.
@@ -51,6 +54,7 @@ class History:
     seen: Tensor
     looked: int = 0
     taken: int = 0
+    rested: bool = False
     waiting: int = 0
     awake: Tensor | None = None
     dozing: Tensor | None = None
@@ -186,8 +190,9 @@ class History:
         """Send the samples to rest for which the last step's acceleration did not pay; whether there are any.
 
         The step went from a residual of size `self.norm`, of which `g` was left by the acceleration, to `norm`: the
-        map contracted by `c = norm / (g · self.norm)`. It pays if `ln g < p ln c`, both below 1, where `p` is a
-        quarter at the first look, which a short history flatters, and 0.07 after that.
+        map contracted by `c = norm / (g · self.norm)`. It pays if `ln g < p ln c`, both below 1, where `p` is
+        larger at the first look, which a short history flatters. In other words, if
+        `2 ln g < 2p/(1 + p) ln (norm / self.norm)`, with `g² = 1 − (‖γ‖ / self.norm)²`.
 
         Args:
             gamma: the step's coefficients, `(A, 1, k)`.
@@ -195,14 +200,22 @@ class History:
         """
         if not self.filled or not len(norm):
             return False
-        share = torch.linalg.vector_norm(gamma, dim=2)[:, 0] / self.norm
-        left = torch.addcmul(torch.ones_like(share), share, share, value=-1)
-        left = left.clamp_min_(torch.finfo(norm.dtype).eps).sqrt_()
-        own = norm / (left * self.norm)
-        least = torch.where(self.take(self.rest) < self.taken - LOOK, _LEAST_GAIN, _FIRST_GAIN)
-        idle = ((own < 1.0) & (left > own.pow_(least)) & (share > 0.0)).nonzero()[:, 0]
+        share = (torch.linalg.vector_norm(gamma, dim=2)[:, 0] / self.norm).square_()
+        left = share.neg_().log1p_()
+        fall = (norm / self.norm).log_()
+        gains = _GAINS if self.plain.shape[2] > _FEW_UNKNOWNS else _GAINS_OF_FEW
+        first, later = (2 * p / (1 + p) for p in gains)
+        if self.taken <= LOOK:
+            fall *= first
+        elif not self.rested:
+            fall *= later
+        else:
+            fall *= torch.where(self.take(self.rest) < self.taken - LOOK, later, first)
+        # Nobody who was not accelerated, of whom all is left.
+        idle = ((left > fall) & (left < 0.0)).nonzero()[:, 0]
         if not len(idle):
             return False
+        self.rested = True
         samples = idle if self.awake is None else self.awake.index_select(0, idle)
         longer = self.longer.index_select(0, samples)
         self.longer.index_copy_(0, samples, 2 * longer)
@@ -221,6 +234,7 @@ class History:
         now, before, wanted = (t.index_select(0, ended) for t in (norm, self.seen, target))
         later = (now / before).pow_(few / (self.taken - self.looked)).mul_(now)
         near = ended.index_select(0, (later <= wanted).nonzero()[:, 0])
+        self.rested = self.rested or bool(len(near))
         self.rest.index_fill_(0, near, max(2 * LOOK, self.taken + LOOK))
 
 
