@@ -4,6 +4,9 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+# The peers are an extra of their own, and need not be there for the types to be checked.
+# pyright: reportMissingImports=false
+
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode

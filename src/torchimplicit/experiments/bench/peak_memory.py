@@ -1,5 +1,8 @@
 """The most memory that a forward and backward pass holds at once, against the number of solver steps."""
 
+# The peers are an extra of their own, and need not be there for the types to be checked.
+# pyright: reportMissingImports=false
+
 import os
 import subprocess
 import sys
