@@ -1,11 +1,11 @@
 """How many operations of torch an iteration takes beside the cell's own; a count, so the same on every machine."""
 
+# The peers are an extra of their own, and need not be there for the types to be checked.
+# pyright: reportMissingImports=false
+
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
-
-# The peers are an extra of their own, and need not be there for the types to be checked.
-# pyright: reportMissingImports=false
 
 import torch
 from torch import Tensor
