@@ -105,6 +105,18 @@ def test_a_weight_that_was_changed_in_between_is_noticed() -> None:
         value.sum().backward()
 
 
+@pytest.mark.parametrize("known", [True, False], ids=["closed form", "recorded"])
+def test_an_input_may_be_changed_in_place_afterwards(known: bool) -> None:
+    of, leaf, z0 = layer(), normal(3, 5, seed=9).requires_grad_(), torch.zeros(3, 5, dtype=DOUBLE)
+    x = 1.0 * leaf
+    found = of(x) if known else plain(of, x, z0)
+    x += found  # a residual connection; no first derivative reads x
+    (grad,) = torch.autograd.grad(x.square().sum(), leaf)
+    y = 1.0 * leaf
+    (expected,) = torch.autograd.grad((y + plain(of, y, z0)).square().sum(), leaf)
+    torch.testing.assert_close(grad, expected, rtol=1e-10, atol=1e-12)
+
+
 def test_backward_twice_and_in_a_batch() -> None:
     of, x = layer(), normal(3, 5, seed=7).requires_grad_()
     value, v = of(x), normal(2, 3, 5, seed=8)

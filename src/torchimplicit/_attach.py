@@ -50,6 +50,7 @@ class Backward:
         state: where there is no tape, the module's parameters and buffers as they were.
         donors: where failed samples were taken out of it, whose rows stand in their places, and in which inputs.
         inverse: what the solver knew of `A⁻¹`.
+        versions: of the parameters that a supplied pullback depends on, as they were.
     """
 
     adjoint: LinearAdjoint
@@ -67,6 +68,7 @@ class Backward:
     state: dict[str, Tensor]
     donors: Donors | None
     inverse: Inverse | None
+    versions: dict[str, int]
 
     def equation(self) -> Equation:
         """For the derivative rules."""
@@ -124,6 +126,12 @@ class Backward:
         """`uᵀ ∂fn/∂t` of each of the tensors that fn reads, in closed form."""
         jacobian = self.operator.jacobian
         assert isinstance(jacobian, SuppliedJacobian)
+        changed = [name for name, version in self.versions.items() if self.state[name]._version != version]
+        if changed:
+            raise RuntimeError(
+                f"{self.problem.kind}: {', '.join(changed)}, needed for the gradient, was modified by an inplace "
+                "operation after the solve; take the optimiser's step after the backward pass."
+            )
         args, parameters = jacobian.pullback(u)
         total: dict[int, Tensor] = {}
         named = [(self.state[name], grad) for name, grad in parameters.items()]
@@ -149,10 +157,11 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         of: Backward = ctx.of
-        z, *tensors = ctx.saved_tensors
         if not torch.is_grad_enabled() and not batched(grads[0]):
+            # What was saved is for derivatives of the derivative: changed in place since, it does not matter here.
             u = of.solve(grads[0])
             return (None, u, None, *(None for _ in of.reads)) if of.record else (None, None, None, *of.pull(u))
+        z, *tensors = ctx.saved_tensors
         system = of.equation().system()
         if torch.is_grad_enabled() or not of.record:
             return None, None, None, *gradients(system, grads[0], z, of.status, tensors, ctx.needs_input_grad[3:])
@@ -236,6 +245,9 @@ def attach(
             state=state,
             donors=donors,
             inverse=outcome.inverse,
+            versions={}
+            if supplied is None
+            else {name: t._version for name, t in state.items() if not t.is_inference()},
         )
         attached: Tensor = _Attach.apply(backward, output, z, *reads)  # pyright: ignore[reportAssignmentType]
         return inert(attached, starts)
