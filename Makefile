@@ -48,8 +48,8 @@ $(VENV)/.train: pyproject.toml $(VENV)/.torch
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml $(VENV)/.torch
-	@echo "installing torchimplicit[train,dev]"
-	@$(PIP) --editable '.[train,dev]'
+	@echo "installing torchimplicit[train,dev,interop]"
+	@$(PIP) --editable '.[train,dev,interop]'
 	@touch $@ $(VENV)/.train
 
 # --- training: a finished run is not repeated, an interrupted one goes on ---------------------------------------
