@@ -90,13 +90,13 @@ def _without_escapes(problem: Problem, start: Tensor, outcome: Outcome) -> Outco
 def _finite_start(problem: Problem, start: Tensor, evaluation: Evaluation) -> tuple[Tensor, Evaluation]:
     """A start at which fn is finite, in the place of one at which it is not, where one of a few is."""
     for factor, shift in _STARTS:
-        lost = ~two(evaluation.residual).isfinite()
-        if not bool(lost.any()):
+        if bool(evaluation.norm.isfinite().all()):
             break
+        lost = ~evaluation.norm.isfinite()
         # A start that is not finite itself counts as 1.
         other = torch.where(lost[:, None], torch.where(start.isfinite(), start, 1.0) * factor + shift, start)
         trial = problem.evaluate(other)
-        found = lost & two(trial.residual).isfinite()
+        found = lost & trial.norm.isfinite()
         start, evaluation = torch.where(found[:, None], other, start), trial.where(found, evaluation)
     return start, evaluation
 

@@ -114,8 +114,6 @@ class Anderson(Solver[History]):
         """A step of all samples, accelerated for those awake: leaving some out would cost more than it saves."""
         gamma = state.gamma
         state.taken += 1
-        if state.dozing is not None:
-            gamma = gamma.masked_fill(state.dozing[:, None, None], 0.0)
         if state.taken <= state.waiting:
             gamma = torch.where((state.take(state.wait) < state.taken)[:, None, None], gamma, 0.0)
         if not state.filled:
@@ -139,7 +137,7 @@ class Anderson(Solver[History]):
                 new, found = self._take_back(state, refused, (z, new), (evaluation, found))
                 mine = found if state.awake is None else found.select(state.awake)
                 norm = torch.where(refused, state.norm, norm)
-        if self.adaptive and (state.taken == 1 or state.taken % LOOK == 0):
+        if self.adaptive and state.taken == state.ahead:
             here = self._look(problem, state, new, found, (gamma, norm), active)
             if state.taken < state.asleep:
                 return Step(new, found, state)
@@ -177,17 +175,22 @@ class Anderson(Solver[History]):
         residual, plain = residual[:, None], plain[:, None]
         torch.sub(residual, state.residual, out=dr)
         torch.sub(plain, state.plain, out=dw)
-        least = 0.0
         if state.filled:
             overlap, columns = state.overlap
             torch.bmm(dr, state.known[1], out=overlap)
             if slot < state.filled:
                 columns[slot].zero_()  # the oldest row is about to go
             pair.baddbmm_(overlap, state.known[0], alpha=-1)
-            drop = torch.finfo(dr.dtype).eps ** 0.5 if self.drop_tolerance is None else self.drop_tolerance
-            least = drop * torch.linalg.vector_norm(overlap, dim=2, keepdim=True)
         size = torch.linalg.vector_norm(dr, dim=2, keepdim=True)
-        torch.div(pair, size.masked_fill_(size <= least, torch.inf), out=state.rows[slot])
+        if state.filled:
+            drop = torch.finfo(dr.dtype).eps ** 0.5 if self.drop_tolerance is None else self.drop_tolerance
+            old = torch.linalg.vector_norm(overlap, dim=2, keepdim=True)
+            empty = torch.sub(size, old, alpha=drop) <= 0.0
+        else:
+            empty = size <= 0.0
+        if state.dozing is not None:
+            empty |= state.dozing[:, None, None]
+        torch.div(pair, size.masked_fill_(empty, torch.inf), out=state.rows[slot])
         if slot == state.filled:
             state.filled += 1
             state.view()
@@ -221,7 +224,7 @@ class Anderson(Solver[History]):
         """
         taken = state.taken
         first = taken == 1
-        tired = last is not None and state.tire(*last)
+        tired = last is not None and state.judges and state.tire(*last)
         # Who could begin now: everyone after the first step, and those whose rest is over.
         ended = (state.rest == (0 if first else taken)).nonzero()[:, 0]
         norm = evaluation.norm
@@ -230,6 +233,7 @@ class Anderson(Solver[History]):
             rtol = problem.epsilon ** (2 / 3) if self.rtol is None else self.rtol
             state.put_off(ended, norm, rtol * scale, _FEW_FIRST if first else _FEW)
         state.seen, state.looked = norm, taken
+        state.look_ahead()
         if not tired and not len(ended) and active is None:
             return None
         running = state.rest if active is None else state.rest.masked_fill(~active, torch.iinfo(state.rest.dtype).max)

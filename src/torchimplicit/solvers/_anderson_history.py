@@ -7,10 +7,11 @@ from torch import Tensor
 
 LOOK = 4
 """Steps between two looks at whether acceleration pays; rests end at looks."""
-_FEW_UNKNOWNS = 256
-_GAINS, _GAINS_OF_FEW = (0.25, 0.07), (0.1, 0.02)
+FEW_UNKNOWNS = 256
+"""Up to which the algebra of a sample costs less than to find out whether it can do without: it is not asked."""
+_FIRST_GAIN, _GAIN = 0.25, 0.07
 """Share of the fall of the residual (of its logarithm) that acceleration must have, relative to the map's own: at the
-first look, and after that. With few unknowns it is cheap, whoever takes part."""
+first look, and after that."""
 
 
 @dataclass
@@ -32,11 +33,12 @@ class History:
         longer: length of the next rest, `(B,)`.
         seen: norm of the residual at the last look, `(B,)`.
         looked: when that was.
+        ahead: the step of the next look.
         taken: steps so far.
         rested: whether any sample has.
         waiting: the last step for which any sample waits.
         awake: the samples that have a history, by their indices, `(A,)`; None while all have.
-        dozing: those of them that rest nevertheless, `(A,)` bool; None if none does.
+        dozing: those of them that rest nevertheless, `(A,)` bool, whose history stays empty; None if none does.
         asleep: the step up to which everyone rests.
         next: the row that the next difference overwrites.
         filled: how many rows have been written.
@@ -53,6 +55,7 @@ class History:
     longer: Tensor
     seen: Tensor
     looked: int = 0
+    ahead: int = 1
     taken: int = 0
     rested: bool = False
     waiting: int = 0
@@ -168,9 +171,14 @@ class History:
             plain: of all.
             norm: of all.
         """
-        if self.dozing is not None and bool((self.dozing & awake).any()):
-            self._empty(self.dozing & awake, self.take(residual), self.take(plain), self.take(norm))
-        self.dozing = None if bool(awake.all()) else awake.logical_not()
+        asleep = None if bool(awake.all()) else awake.logical_not()
+        roused = None if self.dozing is None else self.dozing & awake
+        if roused is not None and bool(roused.any()):
+            self._empty(roused, self.take(residual), self.take(plain), self.take(norm))
+        if asleep is not None:
+            self.pairs[:, : self.filled].masked_fill_(asleep[:, None, None], 0.0)
+            self.gamma = self.gamma.masked_fill(asleep[:, None, None], 0.0)
+        self.dozing = asleep
 
     def _empty(self, rows: Tensor, residual: Tensor, plain: Tensor, norm: Tensor) -> None:
         """Empty the history of some, `(A,)` bool, as if their last step had been of length zero.
@@ -203,8 +211,7 @@ class History:
         share = (torch.linalg.vector_norm(gamma, dim=2)[:, 0] / self.norm).square_()
         left = share.neg_().log1p_()
         fall = (norm / self.norm).log_()
-        gains = _GAINS if self.plain.shape[2] > _FEW_UNKNOWNS else _GAINS_OF_FEW
-        first, later = (2 * p / (1 + p) for p in gains)
+        first, later = (2 * p / (1 + p) for p in (_FIRST_GAIN, _GAIN))
         if self.taken <= LOOK:
             fall *= first
         elif not self.rested:
@@ -221,6 +228,19 @@ class History:
         self.longer.index_copy_(0, samples, 2 * longer)
         self.rest.index_copy_(0, samples, self.taken + longer)
         return True
+
+    @property
+    def judges(self) -> bool:
+        """Whether to look at what acceleration brings."""
+        return self.plain.shape[2] > FEW_UNKNOWNS
+
+    def look_ahead(self) -> None:
+        """Say when to look again: where there is nothing to judge, when a sample's rest ends."""
+        if self.judges:
+            self.ahead = self.taken - self.taken % LOOK + LOOK
+        else:
+            never = torch.iinfo(self.rest.dtype).max
+            self.ahead = int(self.rest.masked_fill(self.rest <= self.taken, never).min()) if self.rested else never
 
     def put_off(self, ended: Tensor, norm: Tensor, target: Tensor, few: int) -> None:
         """Let the samples rest on that are so near their target that a few more plain steps bring them there.

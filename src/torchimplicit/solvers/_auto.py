@@ -1,9 +1,10 @@
 """The default: the cheapest solver first, and a stronger one for each sample that needs it."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
-from .._problem import Problem
+from .._problem import Kind, Problem
 from ..linear import GMRES
 from ._anderson import Anderson
 from ._base import Method, Solver, Stage
@@ -44,45 +45,52 @@ class Auto(Method):
     def stages(self, problem: Problem) -> tuple[Stage, ...]:
         """The solvers and their patience, by the kind of problem and its size."""
         batch, n = problem.layout.matrix_shape
-        common: dict[str, Any] = {
-            "rtol": self.rtol,
-            "atol": self.atol,
-            "norm": self.norm,
-            "check_every": self.check_every,
-        }
-        if problem.kind == "minimize":
+        return _stages(self, problem.kind, n <= _DENSE, batch * n * n * problem.layout.dtype.itemsize <= _BYTES)
+
+
+@lru_cache(maxsize=64)
+def _stages(method: Auto, kind: Kind, few: bool, dense: bool) -> tuple[Stage, ...]:
+    """The stages of samples with few unknowns or many; `dense`: whether the Jacobians of the batch may be formed."""
+    common: dict[str, Any] = {
+        "rtol": method.rtol,
+        "atol": method.atol,
+        "norm": method.norm,
+        "check_every": method.check_every,
+    }
+    if kind == "minimize":
+        return Stage(LBFGS(**common), 500, patience=150), Stage(NewtonCG(**common), 200)
+    strong = LevenbergMarquardt(damping=1.0, **common)
+    if kind == "least_squares":
+        if not dense:
             return Stage(LBFGS(**common), 500, patience=150), Stage(NewtonCG(**common), 200)
-        dense = batch * n * n * problem.layout.dtype.itemsize <= _BYTES
-        strong = LevenbergMarquardt(damping=1.0, **common)
-        if problem.kind == "least_squares":
-            if not dense:
-                return Stage(LBFGS(**common), 500, patience=150), Stage(NewtonCG(**common), 200)
-            first = Stage(LevenbergMarquardt(**common), 200, patience=40)
-            return first, Stage(NewtonCG(**common), 50), Stage(strong, 200, patience=40, start="z0")
-        krylov = NewtonKrylov(linear_solver=GMRES(restart=40, max_steps=400), **common)
-        newton: Solver[Any] = Newton(**common) if n <= _DENSE else krylov
-        if problem.kind == "fixed_point":
-            # To look at every other step costs half an evaluation, and saves what a third of one costs in each.
-            first = Anderson(adaptive=True, **{**common, "check_every": max(2, self.check_every)})
-            stages = [Stage(first, 150, patience=12, progress=0.8), Stage(newton, 60, patience=12)]
-            return (*stages, Stage(Dogleg(**common), 60, patience=20)) if dense else tuple(stages)
-        # A matrix-free Newton that does not converge fast is held up by its linear systems.
-        stages = [Stage(newton, 60, patience=12) if n <= _DENSE else Stage(newton, 60, patience=6, progress=0.1)]
-        if dense:
-            full = Newton(max_backtracks=0, **common)
-            if n > _DENSE:
-                stages += [
-                    Stage(full, 60, patience=20, start="z0"),
-                    Stage(Dogleg(**common), 60, patience=20, start="z0"),
-                ]
-            else:
-                stages += [
-                    Stage(full, 200, patience=200, start="z0"),
-                    Stage(Dogleg(**common), 400, patience=60, start="z0"),
-                    Stage(strong, 300, patience=60, start="z0"),
-                    Stage(full, 100, patience=100, start="z0", spread=0.2),
-                    Stage(strong, 100, patience=40, start="z0", spread=1.0),
-                    Stage(full, 100, patience=100, start="z0", spread=1.0),
-                    Stage(Dogleg(**common), 100, patience=40, start="z0", spread=3.0),
-                ]
-        return tuple(stages)
+        first = Stage(LevenbergMarquardt(**common), 200, patience=40)
+        return first, Stage(NewtonCG(**common), 50), Stage(strong, 200, patience=40, start="z0")
+    krylov = NewtonKrylov(linear_solver=GMRES(restart=40, max_steps=400), **common)
+    newton: Solver[Any] = Newton(**common) if few else krylov
+    if kind == "fixed_point":
+        # To look at every other step costs half an evaluation, and saves what a third of one costs in each; to sort
+        # out who is done takes longer where a sample has many unknowns.
+        looks = 2 if few else 4
+        first = Anderson(adaptive=True, **{**common, "check_every": max(looks, method.check_every)})
+        stages = [Stage(first, 150, patience=12, progress=0.8), Stage(newton, 60, patience=12)]
+        return (*stages, Stage(Dogleg(**common), 60, patience=20)) if dense else tuple(stages)
+    # A matrix-free Newton that does not converge fast is held up by its linear systems.
+    stages = [Stage(newton, 60, patience=12) if few else Stage(newton, 60, patience=6, progress=0.1)]
+    if dense:
+        full = Newton(max_backtracks=0, **common)
+        if not few:
+            stages += [
+                Stage(full, 60, patience=20, start="z0"),
+                Stage(Dogleg(**common), 60, patience=20, start="z0"),
+            ]
+        else:
+            stages += [
+                Stage(full, 200, patience=200, start="z0"),
+                Stage(Dogleg(**common), 400, patience=60, start="z0"),
+                Stage(strong, 300, patience=60, start="z0"),
+                Stage(full, 100, patience=100, start="z0", spread=0.2),
+                Stage(strong, 100, patience=40, start="z0", spread=1.0),
+                Stage(full, 100, patience=100, start="z0", spread=1.0),
+                Stage(Dogleg(**common), 100, patience=40, start="z0", spread=3.0),
+            ]
+    return tuple(stages)
