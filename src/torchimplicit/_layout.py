@@ -18,7 +18,8 @@ class Layout:
 
     The first `batch_dims` dims of every leaf index the `B` independent problems. A complex leaf takes two real
     columns per entry, so that solvers and derivatives work on ℝⁿ and need no holomorphic functions. Leaves of less
-    than single precision are widened: the solver's algebra is done in at least float32.
+    than single precision are widened: the solver's algebra is done in at least float32. A single leaf in the memory
+    format `channels_last` keeps it: fn sees it so in every evaluation, and nothing is copied.
 
     Attributes:
         spec: the tree structure.
@@ -30,6 +31,7 @@ class Layout:
         device: device of the matrix.
         simple: one real leaf of the matrix's own dtype, so that packing is a view.
         bare: `simple`, and the state is that tensor itself.
+        order: the dims of a `channels_last` leaf as they lie in memory, outermost first; None for the usual order.
     """
 
     spec: pytree.TreeSpec
@@ -41,6 +43,7 @@ class Layout:
     device: torch.device
     simple: bool
     bare: bool
+    order: tuple[int, ...] | None = None
 
     @cached_property
     def matrix_shape(self) -> tuple[int, int]:
@@ -72,6 +75,7 @@ class Layout:
             device=leaves[0].device,
             simple=simple,
             bare=simple and spec.is_leaf(),
+            order=_order(leaves[0]) if simple and batch_dims <= 1 else None,
         )
 
     def select(self, count: int) -> "Layout":
@@ -87,6 +91,7 @@ class Layout:
         """Leaves to the matrix `(B, n)`; differentiable."""
         if self.simple:
             leaf = leaves[0].to(self.dtype)
+            leaf = leaf if self.order is None else leaf.permute(self.order)
             return leaf if leaf.shape == self.matrix_shape else leaf.reshape(self.matrix_shape)
         columns = [
             (torch.view_as_real(t.resolve_conj()) if t.is_complex() else t).reshape(self.matrix_shape[0], size)
@@ -102,10 +107,11 @@ class Layout:
 
     def unpack(self, matrix: Tensor) -> PyTree:
         """The matrix `(B, n)` to a pytree with the shapes and dtypes of the state; differentiable."""
-        if self.bare:
-            return matrix if matrix.shape == self.shapes[0] else matrix.reshape(self.shapes[0])
+        if self.bare and matrix.shape == self.shapes[0]:
+            return matrix
         if self.simple:
-            return pytree.tree_unflatten([matrix.reshape(self.shapes[0])], self.spec)
+            leaf = matrix.reshape(self.shapes[0]) if self.order is None else self._from_memory(matrix)
+            return leaf if self.bare else pytree.tree_unflatten([leaf], self.spec)
         leaves = []
         for column, shape, dtype in zip(matrix.split(self.sizes, dim=1), self.shapes, self.dtypes, strict=True):
             if dtype.is_complex:
@@ -114,6 +120,12 @@ class Layout:
             else:
                 leaves.append(column.to(dtype).reshape(shape))
         return pytree.tree_unflatten(leaves, self.spec)
+
+    def _from_memory(self, matrix: Tensor) -> Tensor:
+        """The matrix `(B, n)` as the `channels_last` leaf."""
+        assert self.order is not None
+        lying = matrix.reshape([self.shapes[0][d] for d in self.order])
+        return lying.permute([self.order.index(d) for d in range(lying.ndim)])
 
     def per_sample(self, vector: Tensor) -> Tensor:
         """A vector `(..., B)` of per-sample figures in the batch shape `(..., *batch)`."""
@@ -149,6 +161,17 @@ class Layout:
                     else f"{what}: fn returned {leaf.dtype}; it must return a floating-point or complex tensor."
                 )
         return [leaf.to(dtype) if dtype.is_complex else leaf for leaf, dtype in zip(leaves, self.dtypes, strict=True)]
+
+
+_FORMATS = {4: (torch.channels_last, (0, 2, 3, 1)), 5: (torch.channels_last_3d, (0, 2, 3, 4, 1))}
+
+
+def _order(leaf: Tensor) -> tuple[int, ...] | None:
+    """How the dims of a tensor in `channels_last` lie in memory; None for any other."""
+    if leaf.ndim not in _FORMATS or torch._C._functorch.is_functorch_wrapped_tensor(leaf):  # pyright: ignore[reportAttributeAccessIssue]
+        return None
+    memory_format, order = _FORMATS[leaf.ndim]
+    return order if leaf.is_contiguous(memory_format=memory_format) and not leaf.is_contiguous() else None
 
 
 def _check_leaves(leaves: list[Any], batch_dims: int) -> None:

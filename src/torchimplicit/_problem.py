@@ -288,12 +288,12 @@ class Problem:
         return norm(evaluation.value) if self.kind == "fixed_point" else None
 
     def _closed_form(self) -> bool:
-        """Whether fn supplies its Jacobian itself (see `JacobianOperator`); one tensor as state only.
+        """Whether fn supplies its Jacobian itself (see `JacobianOperator`); one tensor in the usual order only.
 
         Not of a module with forward hooks, nor of one whose `forward` is newer than its `linearize`, overridden in a
         subclass or on the instance: the closed form would know nothing of what they change.
         """
-        if not self.layout.simple or not hasattr(self.fn, "linearize"):
+        if not self.layout.simple or self.layout.order is not None or not hasattr(self.fn, "linearize"):
             return False
         hooked = getattr(self.fn, "_forward_hooks", None) or getattr(self.fn, "_forward_pre_hooks", None)
         return not hooked and _age(self.fn, "linearize") <= _age(self.fn, "forward")

@@ -8,6 +8,7 @@ from torch import Tensor
 from ._books import Outcome
 from ._iterate import iterate
 from ._norms import two
+from ._precision import ROUGH, reduced
 from ._problem import Evaluation, Problem
 from ._progress import Progress
 from ._solution import Status
@@ -15,6 +16,8 @@ from ._tolerance import Tolerance
 from .linear import Cascade
 from .solvers import Method, Stage
 
+_ROUGH_PATIENCE, _ROUGH_PROGRESS = 12, 0.8
+"""In reduced precision: steps between two looks, and what the residual must fall by to go on."""
 _FAR = 3.0
 """Sizes of the start from it, beyond which a root is looked at again."""
 _SHORT = 1e-2
@@ -50,7 +53,16 @@ def solve(
         start, evaluation = _finite_start(problem, start, evaluation)
     tolerance = Tolerance(problem, method, start, evaluation)
     steps = _within(first, max_steps, 0) if others or max_steps is None else max_steps
-    outcome = iterate(problem, first, start, steps, keep_trace, tolerance, evaluation=evaluation, progress=progress)
+    rough, z = None, start
+    if method.mixed_precision and problem.kind == "fixed_point" and start.dtype == torch.float32 and steps:
+        rough = _roughly(problem, method, first, start, steps, keep_trace, evaluation, progress)
+        z = torch.where((rough.residual < tolerance.first * tolerance.unit)[:, None], rough.z, start)
+        evaluation = problem.evaluate(z)
+        steps = max(steps - int(rough.steps.max()), 0)
+    outcome = iterate(problem, first, z, steps, keep_trace, tolerance, evaluation=evaluation, progress=progress)
+    if rough is not None:
+        trace = None if rough.trace is None or outcome.trace is None else torch.cat((rough.trace, outcome.trace))
+        outcome = replace(outcome, steps=rough.steps + outcome.steps, trace=trace)
     for turn, stage in enumerate(others):
         if outcome.clean:
             break
@@ -67,6 +79,23 @@ def solve(
         outcome = _without_escapes(problem, start, outcome)
     problem.conclude(outcome.z)
     return outcome
+
+
+def _roughly(
+    problem: Problem,
+    method: Method,
+    stage: Stage,
+    start: Tensor,
+    steps: int,
+    keep_trace: bool,
+    evaluation: Evaluation,
+    progress: Progress | None,
+) -> Outcome:
+    """What a stage comes to with products in reduced precision, whose rounding it need not resolve."""
+    tolerance = Tolerance(problem, replace(method, rtol=max(method.rtol or 0.0, ROUGH)), start, evaluation)
+    stage = replace(stage, patience=_ROUGH_PATIENCE, progress=_ROUGH_PROGRESS)
+    with reduced(start.device):
+        return iterate(problem, stage, start, steps, keep_trace, tolerance, evaluation=evaluation, progress=progress)
 
 
 def _without_escapes(problem: Problem, start: Tensor, outcome: Outcome) -> Outcome:

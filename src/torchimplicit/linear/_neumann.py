@@ -6,11 +6,14 @@ import torch
 from torch import Tensor
 
 from .._norms import two
+from .._precision import ROUGH, reduced
 from .._solution import Status
 from ._solver import LinearOperator, LinearSolution, LinearSolver
 
 _FIRST, _NEXT = 12, 8
 """Steps to the first look at the norms, and from one to the next."""
+_WORTH = 0.5
+"""Factor by which a refinement must make the residual fall to be worth another."""
 
 
 @dataclass(frozen=True)
@@ -28,22 +31,59 @@ class Neumann(LinearSolver):
         max_steps: products at most.
         slowest: factor per step that is still worth waiting for.
         patience: looks over which it is measured.
+        mixed_precision: in float32, solve roughly with matrix products and convolutions in reduced precision (bfloat16
+            on a CPU that has it, TF32 on a CUDA device), compute the residual in full, and again: an iterative
+            refinement (Wilkinson 1963; Higham & Mary 2022, §5), as exact, where it converges, as without.
     """
 
     max_steps: int = 500
     slowest: float = 0.99
     patience: int = 1
+    mixed_precision: bool = False
 
     def __post_init__(self) -> None:
         """Validate."""
         self._require_count("max_steps", 1)
         self._require_number("slowest", 0.0, 1.0, inside=True)
         self._require_count("patience", 1)
+        self._require("mixed_precision", isinstance(self.mixed_precision, bool), "True or False")
 
     def _solve(self, operator: LinearOperator, b: Tensor, rtol: float | Tensor, verify: bool) -> LinearSolution:
         """Solve `A x = b`, `b` `(B, n)`, until `‖b − A x‖ ≤ rtol·‖b‖` in each sample."""
         size = two(b)
         target = rtol * size
+        if self.mixed_precision and b.dtype == torch.float32:
+            return self._refine(operator, b, size, target)
+        return self._sum(operator, b, size, target, verify)
+
+    def _refine(self, operator: LinearOperator, b: Tensor, size: Tensor, target: Tensor) -> LinearSolution:
+        """Refine what sums in reduced precision come to; those in full finish what does not converge so."""
+        found = _Found(torch.zeros_like(b), size, torch.zeros_like(size, dtype=torch.long))
+        residual = b
+        going = size > target
+        while bool(going.any()):
+            # Of the others nothing is asked.
+            goal = torch.where(going, torch.maximum(ROUGH * found.norm, target), found.norm)
+            with reduced(b.device):
+                part = self._sum(operator, residual, found.norm, goal, verify=False)
+            value = found.value + part.value
+            rest = b - operator.mv(value)
+            norm = two(rest)
+            found.steps += part.steps
+            fell = going & (norm <= _WORTH * found.norm)
+            residual = torch.where(fell[:, None], rest, residual)
+            found.value = torch.where(fell[:, None], value, found.value)
+            found.norm = torch.where(fell, norm, found.norm)
+            going = fell & (found.norm > target)
+        if bool((found.norm <= target).all()):
+            return _report(found, size, target, self.max_steps)
+        rest = self._sum(operator, residual, found.norm, target, verify=True)
+        found.value, found.steps = found.value + rest.value, found.steps + rest.steps
+        found.norm = torch.where(rest.steps > 0, rest.residual * found.norm, found.norm)
+        return _report(found, size, target, self.max_steps)
+
+    def _sum(self, operator: LinearOperator, b: Tensor, size: Tensor, target: Tensor, verify: bool) -> LinearSolution:
+        """Sum the series until `‖b − A x‖ ≤ target`, where `size = ‖b‖`, both `(B,)`."""
         found = _Found(torch.zeros_like(b), size.clone(), torch.zeros_like(size, dtype=torch.long))
         rows = _Rows(operator, None, b, size, target, size)
         left = (size > target).nonzero()[:, 0]

@@ -74,6 +74,10 @@ class Method(Options, ABC):
         norm: `"rms"`, `"two"`, `"max"` or a callable `(B, n) -> (B,)`.
         check_every: steps between two looks at the residuals; larger values save time where fn is cheap, and
             synchronisations on a GPU. Newton looks after every Newton step in any case.
+        mixed_precision: a float32 problem is first solved roughly, to `2⁻⁶`, with matrix products and convolutions in
+            reduced precision (bfloat16 on a CPU that has it, TF32 on a CUDA device), and then from there in full: an
+            iterative refinement (Higham & Mary 2022, "Mixed precision algorithms in numerical linear algebra", §5).
+            What is returned has been evaluated in full precision. It pays where fn spends its time in large products.
     """
 
     _: KW_ONLY
@@ -81,9 +85,11 @@ class Method(Options, ABC):
     atol: float | None = None
     norm: Norm = "rms"
     check_every: int = 1
+    mixed_precision: bool = False
 
     def __post_init__(self) -> None:
         """Validate."""
+        self._require("mixed_precision", isinstance(self.mixed_precision, bool), "True or False")
         self._require_number("rtol", 0.0, optional=True)
         self._require_number("atol", 0.0, optional=True)
         self._require_count("check_every", 1)

@@ -8,6 +8,7 @@ from torch import Tensor
 import torchimplicit as ti
 from torchimplicit.experiments.bench.contender import Contender, Counts, Runner, differentiate, torch_runner
 from torchimplicit.experiments.bench.problems import Problem, TanhCell
+from torchimplicit.linear import Cascade
 from torchimplicit.solvers import Method
 
 MakeMethod = Callable[[float], Method]
@@ -17,14 +18,20 @@ SOLVERS: dict[str, MakeMethod] = {
     "picard": lambda rtol: ti.Picard(rtol=rtol),
     "picard, every 4th step checked": lambda rtol: ti.Picard(rtol=rtol, check_every=4),
     "picard, extrapolated": lambda rtol: ti.Picard(rtol=rtol, check_every=4, extrapolate_every=8),
+    "picard, mixed precision": lambda rtol: ti.Picard(rtol=rtol, check_every=4, mixed_precision=True),
+    "picard, extrapolated, mixed precision": lambda rtol: ti.Picard(
+        rtol=rtol, check_every=4, extrapolate_every=8, mixed_precision=True
+    ),
     "anderson": lambda rtol: ti.Anderson(rtol=rtol),
     "anderson, every 2nd step checked": lambda rtol: ti.Anderson(rtol=rtol, check_every=2),
     "broyden": lambda rtol: ti.Broyden(rtol=rtol),
     "auto": lambda rtol: ti.Auto(rtol=rtol),
 }
+MIXED = Cascade(neumann=ti.Neumann(slowest=0.97, mixed_precision=True))
 ADJOINTS: dict[str, MakeAdjoint] = {
     "implicit": lambda rtol: ti.Implicit(rtol=rtol),
     "implicit, GMRES": lambda rtol: ti.Implicit(rtol=rtol, linear_solver=ti.GMRES()),
+    "implicit, mixed precision": lambda rtol: ti.Implicit(rtol=rtol, linear_solver=MIXED),
     "implicit, reuse": lambda rtol: ti.Implicit(rtol=rtol, reuse=True),
 }
 
@@ -33,7 +40,8 @@ def same_name(problem: Problem, solver: str) -> tuple[Contender, ...]:
     """Our solver of a name ("picard", "anderson", "broyden") with each adjoint that can follow it."""
     solvers = [name for name in SOLVERS if name.partition(",")[0] == solver]
     adjoints = [name for name in ADJOINTS if solver != "picard" or "reuse" not in name]
-    return tuple(_contender(problem, s, a) for s in solvers for a in adjoints)
+    pairs = [(s, a) for s in solvers for a in adjoints if ("mixed" in s) == ("mixed" in a)]
+    return tuple(_contender(problem, s, a) for s, a in pairs)
 
 
 def everything(problem: Problem) -> tuple[Contender, ...]:
@@ -43,6 +51,8 @@ def everything(problem: Problem) -> tuple[Contender, ...]:
         ("picard, every 4th step checked", "implicit"),
         ("picard, extrapolated", "implicit"),
         ("picard, extrapolated", "implicit, GMRES"),
+        ("picard, mixed precision", "implicit, mixed precision"),
+        ("picard, extrapolated, mixed precision", "implicit, mixed precision"),
         ("anderson, every 2nd step checked", "implicit"),
         ("anderson, every 2nd step checked", "implicit, GMRES"),
         ("anderson, every 2nd step checked", "implicit, reuse"),
