@@ -34,7 +34,7 @@ class LU(DenseSolver):
         both = torch.linalg.lu_solve(factors, pivots, torch.stack((b * scaling, signs(b)), dim=2))
         solved, stretched = both[:, :, 0], both[:, :, 1]
         first = two(stretched)
-        size = scaled.square().sum(dim=(1, 2)).sqrt()
+        size = torch.linalg.vector_norm(scaled, dim=(1, 2))
         limit = condition_limit(b, verify)
         if not verify:
             # NaN and infinity among the solutions of a regular matrix, or of a singular one, equal nothing.

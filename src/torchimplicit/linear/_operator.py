@@ -39,6 +39,8 @@ class JacobianOperator(Protocol):
 
 
 Count = Callable[[int], None]
+_FEW_ROWS = 8
+"""Rows of a Jacobian up to which one product for each takes less time than `vmap` takes to begin."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +91,10 @@ class AutogradJacobian:
     def rmv(self, u: Tensor) -> Tensor:
         """`Jᵀ u`."""
         self.count(1)
-        if not self.output.requires_grad:
-            return torch.zeros_like(self.state)
+        return self._product(u) if self.output.requires_grad else torch.zeros_like(self.state)
+
+    def _product(self, u: Tensor) -> Tensor:
+        """`Jᵀ u`, uncounted."""
         # What `torch.autograd.grad` calls once it has looked at its arguments, which takes a third of its time here.
         (product,) = _engine_run_backward(
             (self.output,), (u,), True, False, (self.state,), allow_unreachable=True, accumulate_grad=False
@@ -110,6 +114,8 @@ class AutogradJacobian:
             return self.state.new_zeros(batch, m, n)
         basis = torch.eye(m, dtype=self.state.dtype, device=self.state.device)
         rows = basis[:, None, :].expand(m, batch, m)
+        if m <= _FEW_ROWS:
+            return torch.stack([self._product(row) for row in rows], dim=1)
         try:
             (jacobian,) = torch.autograd.grad(
                 self.output, self.state, rows, retain_graph=True, is_grads_batched=True, materialize_grads=True
