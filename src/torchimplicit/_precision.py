@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 
-ROUGH = 2.0**-6
-"""Relative residual that products in bfloat16 or TF32 reach, with something in hand."""
+ROUGH = 2.0**-8
+"""Relative residual of a state that products in bfloat16 or TF32 reach."""
+ROUGH_SYSTEM = 2.0**-6
+"""Of a linear system, where errors add up: with something in hand."""
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .._norms import two
-from .._precision import ROUGH, reduced
+from .._precision import ROUGH_SYSTEM, reduced
 from .._solution import Status
 from ._solver import LinearOperator, LinearSolution, LinearSolver
 
@@ -63,7 +63,7 @@ class Neumann(LinearSolver):
         going = size > target
         while bool(going.any()):
             # Of the others nothing is asked.
-            goal = torch.where(going, torch.maximum(ROUGH * found.norm, target), found.norm)
+            goal = torch.where(going, torch.maximum(ROUGH_SYSTEM * found.norm, target), found.norm)
             with reduced(b.device):
                 part = self._sum(operator, residual, found.norm, goal, verify=False)
             value = found.value + part.value

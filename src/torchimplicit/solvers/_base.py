@@ -74,7 +74,7 @@ class Method(Options, ABC):
         norm: `"rms"`, `"two"`, `"max"` or a callable `(B, n) -> (B,)`.
         check_every: steps between two looks at the residuals; larger values save time where fn is cheap, and
             synchronisations on a GPU. Newton looks after every Newton step in any case.
-        mixed_precision: a float32 problem is first solved roughly, to `2⁻⁶`, with matrix products and convolutions in
+        mixed_precision: a float32 problem is first solved roughly, to `2⁻⁸`, with matrix products and convolutions in
             reduced precision (bfloat16 on a CPU that has it, TF32 on a CUDA device), and then from there in full: an
             iterative refinement (Higham & Mary 2022, "Mixed precision algorithms in numerical linear algebra", §5).
             What is returned has been evaluated in full precision. It pays where fn spends its time in large products.
