@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ._layout import Layout
@@ -290,13 +290,14 @@ class Problem:
     def _closed_form(self) -> bool:
         """Whether fn supplies its Jacobian itself (see `JacobianOperator`); one tensor in the usual order only.
 
-        Not of a module with forward hooks, nor of one whose `forward` is newer than its `linearize`, overridden in a
-        subclass or on the instance: the closed form would know nothing of what they change.
+        Not of a module that has hooks, on itself or within, nor of one whose `forward` is newer than its `linearize`,
+        overridden in a subclass or on the instance: the closed form would know nothing of what they change.
         """
-        if not self.layout.simple or self.layout.order is not None or not hasattr(self.fn, "linearize"):
+        if not self.layout.simple or self.layout.order is not None:
             return False
-        hooked = getattr(self.fn, "_forward_hooks", None) or getattr(self.fn, "_forward_pre_hooks", None)
-        return not hooked and _age(self.fn, "linearize") <= _age(self.fn, "forward")
+        if not hasattr(self.fn, "linearize") or not getattr(self.fn, "closed_form", True):
+            return False
+        return not _hooked(self.fn) and _age(self.fn, "linearize") <= _age(self.fn, "forward")
 
     def keep_inverse(self) -> None:
         """Ask the solver for it; no sample may leave the batch then."""
@@ -377,6 +378,13 @@ class Problem:
     def count(self, products: int) -> None:
         """Add Jacobian products to the evaluations."""
         self._counted[0] += products
+
+
+def _hooked(fn: Any) -> bool:
+    """Whether a module, or one within it, has forward or backward hooks."""
+    return isinstance(fn, nn.Module) and any(
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in fn.modules()
+    )
 
 
 def _age(fn: Any, method: str) -> int:

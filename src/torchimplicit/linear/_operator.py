@@ -22,7 +22,8 @@ class JacobianOperator(Protocol):
     like z, to the preconditioner `Jacobi`, where that is cheaper than `dense()`. `pullback(u)`, of a module's, gives
     `uᵀ ∂fn/∂t` of all else that fn reads: one gradient or None for each of `args`, which must be tensors, and a dict of
     those of the parameters by name; an attribute `reads` has the names of these. No graph is then recorded for a first
-    derivative. It must hold for every u shaped like z.
+    derivative. It must hold for every u shaped like z. While an attribute `closed_form` of the cell is False, none of
+    this is used.
     """
 
     def mv(self, p: Tensor) -> Tensor:

@@ -82,8 +82,6 @@ class TanhCell(nn.Module):
 
     samplewise = True
     """x is indexed by sample as z is: converged samples may leave the batch."""
-    pure = True
-    """Nothing is drawn at random, and nothing changed: no evaluation need be watched for that."""
 
     def __init__(
         self, features: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -91,11 +89,28 @@ class TanhCell(nn.Module):
         super().__init__()
         self.linear = nn.Linear(features, features, bias=False, device=device, dtype=dtype)
 
+    @property
+    def pure(self) -> bool:
+        """Nothing is drawn at random, and nothing changed: no evaluation need be watched, but for a parametrization."""
+        return type(self.linear) is nn.Linear
+
+    @property
+    def closed_form(self) -> bool:
+        """Whether the linear layer is a product with its weight and nothing else.
+
+        Another module may have been put in its place (a quantised one, an adapter), or pruning hang on it as a hook.
+        """
+        return _is_product(self.linear)
+
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
         """`(..., n)`, `(..., n)` to `(..., n)`."""
-        weight = self.linear.weight
+        linear = self.linear
+        if not _is_product(linear):
+            return torch.tanh(linear(z) + x)
+        weight = linear.weight
         # One operation in the place of two, where the shapes allow it, and in place where no graph needs it.
-        fused = z.ndim == 2 and z.shape == x.shape and not torch.is_autocast_enabled(z.device.type)
+        fused = z.ndim == 2 and z.shape == x.shape and not z.is_meta
+        fused = fused and not torch.is_autocast_enabled(z.device.type)
         preactivation = torch.addmm(x, z, weight.t()) if fused else functional.linear(z, weight) + x
         return torch.tanh(preactivation) if torch.is_grad_enabled() else preactivation.tanh_()
 
@@ -111,6 +126,16 @@ class TanhCell(nn.Module):
     def linearize(self, z: Tensor, value: Tensor, x: Tensor) -> _TanhJacobian:
         """The Jacobian at z, where `value = tanh(W z + x)`: `1 − value²` is the slope."""
         return _TanhJacobian(1.0 - value * value, self.linear.weight.detach(), z)
+
+
+def _is_product(linear: nn.Module) -> bool:
+    own = vars(linear)
+    # A parametrized layer is of a class of its own, which inherits `forward`.
+    if "forward" in own or (type(linear) is not nn.Linear and type(linear).forward is not nn.Linear.forward):
+        return False
+    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+        return False
+    return (own["_parameters"].get("bias") if type(linear) is nn.Linear else linear.bias) is None
 
 
 class TanhEquilibrium(FixedPoint):
