@@ -27,7 +27,7 @@ from ._books import Outcome
 from ._equation import Equation
 from ._isolate import Donors, evaluate_without, inert, shield, start_of_graph
 from ._problem import Problem
-from ._report import OnFailure, report_failures
+from ._report import OnFailure, report_failures, undetected
 from ._rules import gradients, solve_linear
 from ._solution import AdjointReport
 from ._system import batched
@@ -156,6 +156,11 @@ class _Attach(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
+        with undetected():
+            return _Attach._gradients(ctx, *grads)
+
+    @staticmethod
+    def _gradients(ctx: Any, *grads: Tensor) -> Any:
         of: Backward = ctx.of
         if not torch.is_grad_enabled() and not batched(grads[0]):
             # What was saved is for derivatives of the derivative: changed in place since, it does not matter here.

@@ -15,7 +15,7 @@ from ._layout import Layout
 from ._objective import Gradient
 from ._problem import Kind, Problem
 from ._progress import Progress
-from ._report import OnFailure, call_site, check_on_failure, report_failures
+from ._report import OnFailure, call_site, check_on_failure, report_failures, undetected
 from ._solution import AdjointReport, PyTree, Solution, Status
 from ._stages import solve
 from ._transformed import needs_rules, run_transformed
@@ -61,7 +61,8 @@ def _run(
     unroll = adjoint if isinstance(adjoint, Unroll) else None
     implicit = adjoint if isinstance(adjoint, LinearAdjoint) else Implicit()
     if transformed:
-        solution = run_transformed(problem, start, solver, implicit, max_steps, on_failure, trace)
+        with undetected():
+            solution = run_transformed(problem, start, solver, implicit, max_steps, on_failure, trace)
         if unroll is None:
             return solution
         z = layout.pack(pytree.tree_leaves(solution.value)).detach()
@@ -69,7 +70,7 @@ def _run(
         return replace(solution, value=layout.unpack(unrolled(problem, solver, unroll, start, z, status, steps)))
     if implicit.needs_inverse and torch.is_grad_enabled():
         problem.keep_inverse()
-    with torch.no_grad(), problem.exact():
+    with torch.no_grad(), problem.exact(), undetected():
         outcome = solve(problem, solver, start, max_steps, trace, Progress(kind) if verbose else None)
     evaluations = problem.evaluations
     report = AdjointReport()

@@ -2,8 +2,10 @@
 
 import sys
 import warnings
-from typing import Literal
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from ._options import nearest
@@ -46,6 +48,11 @@ def report_failures(
     if key not in _warned:
         _warned.add(key)
         warnings.warn_explicit(message, ConvergenceWarning, filename, line)
+
+
+def undetected() -> AbstractContextManager[Any]:
+    """The context for what meets NaN and deals with it: no anomaly detection, which would stop at it."""
+    return torch.autograd.set_detect_anomaly(False) if torch.is_anomaly_enabled() else nullcontext()
 
 
 def call_site() -> tuple[str, int]:

@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+_autograd: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
 _NESTED = (list, tuple, dict)
 _PLAIN: WeakSet[Any] = WeakSet()
 """Code and modules that were seen not to be compiled."""
@@ -78,7 +79,8 @@ class Tape:
         first = min((t.grad_fn._sequence_nr() for t in given if t.grad_fn is not None), default=None)
         key = getattr(user, "__code__", user)
         if first is not None and "torch._dynamo" in sys.modules and not _remembered(key):
-            out = fn(argument, *args)
+            with _unsaved():
+                out = fn(argument, *args)
             if _compiled(pytree.tree_leaves(out), first):
                 tape.opaque = True
                 return tape, out
@@ -217,6 +219,17 @@ def run_eagerly() -> AbstractContextManager[Any]:
     if "torch._dynamo" not in sys.modules:
         return nullcontext()
     return torch.compiler.set_stance("force_eager")
+
+
+def _unsaved() -> AbstractContextManager[Any]:
+    """For a call whose graph is thrown away: checkpoints, which count what is saved, are not told of it."""
+    if not _autograd._saved_tensors_hooks_is_enabled():  # torch.func has neither checkpoints nor such hooks
+        return nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is)
+
+
+def _as_it_is(t: Tensor) -> Tensor:
+    return t
 
 
 def _remembered(key: Any) -> bool:
