@@ -155,6 +155,9 @@ def same(output: Tensor, value: Tensor, healthy: Tensor, replaced: Tensor | None
 def shield(output: Tensor, start: Tensor, everywhere: bool) -> None:
     """Make non-finite gradients zero where they leave the recorded graph from `start` to `output`, or at all its nodes.
 
+    An operation that torch has no derivative of, a quantised one say, is an error if a gradient comes to it: torch
+    would go on with a zero in its place, and a warning.
+
     No gradient that leaves the library is NaN or infinite. And where the gradient of failed samples is exactly zero,
     every product with it is zero or, where a local derivative is infinite, NaN; with these put to zero at every node,
     nothing of the failed samples is left wherever samples are mixed.
@@ -168,6 +171,8 @@ def shield(output: Tensor, start: Tensor, everywhere: bool) -> None:
         if node in seen:
             continue
         seen.add(node)
+        if node.name().endswith("WarnNotImplemented"):
+            node.register_prehook(_refuse)
         chosen = []
         for i, (following, _) in enumerate(node.next_functions):
             if following is None:
@@ -179,6 +184,13 @@ def shield(output: Tensor, start: Tensor, everywhere: bool) -> None:
                 chosen.append(i)
         if chosen:
             node.register_hook(partial(_clean, frozenset(chosen)))
+
+
+def _refuse(grads: tuple[Any, ...]) -> None:
+    raise RuntimeError(
+        "backward of an implicit layer: an operation inside fn has no derivative in torch (a quantised layer's, say); "
+        "call the layer under torch.no_grad(), or train it before it is quantised."
+    )
 
 
 def _clean(chosen: frozenset[int], grad_inputs: tuple[Any, ...], grad_outputs: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -8,6 +8,7 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload, OpOverloadPacket
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -50,7 +51,7 @@ class Tape:
     Attributes:
         inputs: the tensors read and not made, the argument's leaves excepted: closures, parameters, arguments alike.
         opaque: whether some tensors were made where it could not be seen, as by a custom `autograd.Function` or a
-            `torch.func` transform inside the function.
+            `torch.func` transform inside the function; or an operation has no derivative, a quantised one.
     """
 
     def __init__(self) -> None:
@@ -187,6 +188,8 @@ class _Recording(TorchFunctionMode):
                 reads.append((i, self.read(t)))
                 leaves[i] = None
         out = func(*args, **kwargs) if kwargs else func(*args)
+        if isinstance(func, OpOverload | OpOverloadPacket) and str(func).startswith("quantized."):
+            self._tape.opaque = True  # has no derivative, which torch says in a warning, if at all
         if isinstance(out, Tensor):
             makes = [(0, self.made(out))]
         elif isinstance(out, _NESTED):

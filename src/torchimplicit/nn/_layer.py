@@ -14,6 +14,7 @@ from .._solution import PyTree, Solution
 from ..diagnostics import record
 from ..solvers import Method
 from ._previous import Previous
+from ._quantised import couples_samples
 
 _OPTIONS = ("solver", "adjoint", "batch_dims", "max_steps", "on_failure", "init")
 
@@ -68,7 +69,7 @@ class _Implicit(nn.Module):
             *inputs,
             solver=solver,
             adjoint=self.adjoint,
-            batch_dims=self._batch_dims(*inputs),
+            batch_dims=0 if couples_samples(self.cell) else self._batch_dims(*inputs),
             max_steps=self.max_steps,
             on_failure=self.on_failure,
             trace=trace,
@@ -117,7 +118,8 @@ class FixedPoint(_Implicit):
     nothing at random and changes nothing.
 
     A cell with dropout or batch norm in training mode is one function for the length of a solve, its masks drawn once
-    and its buffers changed once (see `fixed_point`).
+    and its buffers changed once (see `fixed_point`). One with dynamically quantised layers, which scale by the largest
+    entry of a batch, is solved as one problem for all samples.
 
     Args:
         cell: maps `(z, *inputs)` to the next z: an `nn.Module`, whose parameters are the layer's, or a function.
