@@ -16,6 +16,7 @@ from ._objective import Gradient
 from ._problem import Kind, Problem
 from ._progress import Progress
 from ._report import OnFailure, call_site, check_on_failure, report_failures, undetected
+from ._shapes import shapes_only
 from ._solution import AdjointReport, PyTree, Solution, Status
 from ._stages import solve
 from ._transformed import needs_rules, run_transformed
@@ -54,6 +55,8 @@ def _run(
     leaves = pytree.tree_leaves(z0)
     if kind in ("minimize", "least_squares"):
         fn = Gradient(kind, fn, layout, squares=kind == "least_squares")
+    if layout.device.type == "meta":
+        return shapes_only(kind, fn, z0, args, layout)
     problem = Problem(kind, fn, args, layout)
     with torch.no_grad(), problem.exact():
         start = layout.pack([leaf.detach() for leaf in leaves]).clone()  # nothing may write into the caller's z0

@@ -95,7 +95,7 @@ class Previous:
             self._keep(solution)
 
     def _keep(self, solution: Solution) -> None:
-        if _is_transformed():
+        if _is_transformed() or solution.status.is_meta:
             return
         failed = solution.status != int(Status.CONVERGED)
         self._failed = failed if bool(failed.any()) else None
