@@ -148,16 +148,18 @@ def test_a_training_loop_with_loader_clipping_and_averaging_follows_the_unrolled
     x = inputs(24)
     data = torch.utils.data.TensorDataset(x, 0.2 * x.flip(1))
     ends = []
+    start = [p.detach().clone() for p in layer.parameters()]
     for model in (layer, twin):
         loader = DataLoader(data, batch_size=8, shuffle=True, generator=torch.Generator().manual_seed(1))
         average = AveragedModel(model)
-        optimiser = torch.optim.Adam(model.parameters(), 0.02)
+        optimiser = torch.optim.SGD(model.parameters(), 0.2, momentum=0.5)
         for _ in range(2):
             for inputs_, target in loader:
                 optimiser.zero_grad()
                 (model(inputs_) - target).square().mean().backward()
-                nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+                nn.utils.clip_grad_norm_(model.parameters(), 10.0)
                 optimiser.step()
                 average.update_parameters(model)
         ends.append([p.detach() for p in average.parameters()])
     close(ends[0], ends[1], 1e-6)
+    assert max((e - s).abs().max() for e, s in zip(ends[0], start, strict=True)) > 0.01
