@@ -45,7 +45,15 @@ def _blocks(document: str, language: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "document", ["README.md", "docs/gradients.md", "docs/solvers.md", "docs/warm-starts.md", "docs/migrating.md"]
+    "document",
+    [
+        "README.md",
+        "docs/gradients.md",
+        "docs/solvers.md",
+        "docs/warm-starts.md",
+        "docs/migrating.md",
+        "docs/pytorch.md",
+    ],
 )
 def test_the_python_of_a_document_runs(document: str) -> None:
     blocks = _blocks(document, "python")
