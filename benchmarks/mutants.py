@@ -353,8 +353,8 @@ MUTANTS = [
     ),
     Mutant(
         "equation: A of a root for a fixed point",
-        "_equation.py",
-        'shifted=system.kind == "fixed_point"',
+        "_problem.py",
+        'shifted=self.kind == "fixed_point"',
         "shifted=False",
     ),
     Mutant("equation: donors not applied", "_equation.py", "if self.donors is not None:", "if False:"),
@@ -387,8 +387,8 @@ MUTANTS = [
     Mutant(
         "attach: gradient of the plain rule not transposed",
         "_attach.py",
-        "self.adjoint.solve(self.operator.mT, v, self.inverse)",
-        "self.adjoint.solve(self.operator, v, self.inverse)",
+        "solve_adjoint(self.adjoint, self.operator.mT, v, self.inverse)",
+        "solve_adjoint(self.adjoint, self.operator, v, self.inverse)",
     ),
     Mutant("pullback: one part of two", "_attach.py", "else total[id(t)] + grad", "else grad"),
     Mutant("pullback: believed incomplete", "_attach.py", "return operator if complete and", "return operator if"),

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 import torchimplicit as ti
-from torchimplicit._precision import ROUGH, reduced
+from torchimplicit._refinement import ROUGH, reduced
 from torchimplicit.linear import ResidualJacobian
 from torchimplicit.linear._operator import AutogradJacobian
 

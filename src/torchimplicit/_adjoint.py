@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ._norms import two
 from ._options import Options
+from ._precision import COARSE, unit_size
 from ._solution import Status
 from .linear import GMRES, Cascade, Inverse, LinearSolution, LinearSolver, ResidualJacobian
 
@@ -89,7 +90,8 @@ class Implicit(LinearAdjoint):
 
     Args:
         linear_solver: None is `Cascade()`: Neumann series, GMRES, LU, each for the samples that need it.
-        rtol: of the adjoint system, `‖v − Aᵀu‖ ≤ rtol·‖v‖`; None is `ε^(2/3)` of the dtype.
+        rtol: of the adjoint system, `‖v − Aᵀu‖ ≤ rtol·‖v‖`; None is `ε^(2/3)` of the dtype that fn computes in. Never
+            effective below `4ε`, nor below the rounding of the products themselves.
         unconverged: gradient of a sample that ran out of steps or stalled: `"linearize"` takes that of the equation
             linearised at its best iterate, `"zero"` none. (A sample that is NONFINITE, DIVERGED or SINGULAR has none.)
         reuse: precondition the adjoint system by what the solver knows of `A⁻¹` when it is done: the LU factors of the
@@ -134,8 +136,9 @@ class Implicit(LinearAdjoint):
 
     def solve(self, operator: ResidualJacobian, v: Tensor, inverse: Inverse | None = None) -> LinearSolution:
         """`operator u = v` for each sample, `(B, n)`; zero where it could not be solved."""
-        rtol = torch.finfo(v.dtype).eps ** (2 / 3) if self.rtol is None else self.rtol
-        rtol = max(rtol, 4 * torch.finfo(v.dtype).eps)
+        epsilon = max(torch.finfo(v.dtype).eps, operator.epsilon)
+        default, least = (2 * epsilon, 2 * epsilon) if epsilon > COARSE else (epsilon ** (2 / 3), 4 * epsilon)
+        rtol = max(default if self.rtol is None else self.rtol, least)
         if self.warm_start is None:
             return self._solve(operator, v, rtol, inverse)
         begun = self.warm_start.begin(operator, v)
@@ -166,6 +169,8 @@ class Implicit(LinearAdjoint):
                 found = _either(found.status == int(Status.CONVERGED), found, again)
         if found.solved:
             return found
+        if operator.epsilon > torch.finfo(v.dtype).eps:
+            found = _within_rounding(operator, v, found)
         solved = found.status == int(Status.CONVERGED)
         return replace(found, value=torch.where(solved[:, None], found.value, 0.0))
 
@@ -291,8 +296,32 @@ class Shine(LinearAdjoint):
         return _report(value, rest, v, self.refine + 1)
 
 
+def solve_adjoint(
+    adjoint: LinearAdjoint, operator: ResidualJacobian, v: Tensor, inverse: Inverse | None
+) -> LinearSolution:
+    """`adjoint.solve`, with right-hand sides that products of less than single precision can take."""
+    if not operator.epsilon > torch.finfo(v.dtype).eps:
+        return adjoint.solve(operator, v, inverse)
+    unit = unit_size(v)
+    found = adjoint.solve(operator, v / unit, inverse)
+    return replace(found, value=found.value * unit)
+
+
 def _preconditioner(inverse: Inverse, operator: ResidualJacobian) -> Callable[[Any], Callable[[Tensor], Tensor]]:
     return lambda _: lambda p: inverse.apply(p, operator.transposed)
+
+
+def _within_rounding(operator: ResidualJacobian, v: Tensor, found: LinearSolution) -> LinearSolution:
+    """A residual that is but the rounding of products as coarse as these is no failure.
+
+    For `A = I − J` that is `4ε (‖u‖ + ‖v‖)`, as `‖Jᵀu‖ ≤ ‖u‖ + ‖v‖`; but no more than `√ε ‖v‖`, which is no gradient.
+    """
+    size = two(v)
+    growth = two(found.value) / torch.where(size > 0, size, 1.0) if operator.shifted else torch.zeros_like(size)
+    reach = (4 * operator.epsilon * (1.0 + growth)).clamp_max(operator.epsilon**0.5)
+    spent = (found.status == int(Status.MAX_STEPS)) | (found.status == int(Status.STALLED))
+    status = torch.where(spent & (found.residual <= reach), int(Status.CONVERGED), found.status)
+    return replace(found, status=status, solved=not bool(status.any()))
 
 
 def _either(first: Tensor, one: LinearSolution, other: LinearSolution) -> LinearSolution:

@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from ._adjoint import LinearAdjoint
+from ._adjoint import LinearAdjoint, solve_adjoint
 from ._books import Outcome
 from ._equation import Equation
 from ._isolate import Donors, evaluate_without, inert, shield, start_of_graph
+from ._precision import overflowed
 from ._problem import Problem
 from ._report import OnFailure, report_failures, undetected
 from ._rules import gradients, solve_linear
@@ -108,15 +109,20 @@ class Backward:
             v = torch.where(self.dead[:, None], 0.0, v)
         kind = v.device.type
         with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
-            found = self.adjoint.solve(self.operator.mT, v, self.inverse)
+            found = solve_adjoint(self.adjoint, self.operator.mT, v, self.inverse)
         status = found.status if self.dead is None else torch.where(self.dead, self.status, found.status)
         layout = self.problem.layout
         self.report.status = layout.per_sample(status)
         self.report.residual = layout.per_sample(found.residual)
         self.report.steps = layout.per_sample(found.steps)
         self.report.evaluations = self.problem.evaluations - before
+        if self.problem.narrow:
+            lost = overflowed(v, found.value)
+            if bool(lost.any()):
+                # The loss is scaled beyond float16: whoever scales it must see that, and takes no step.
+                return torch.where(lost[:, None], torch.nan, found.value)
         if self.record is not None and (not found.solved or self.dead is not None):
-            shield(self.record.output, self.record.state, everywhere=True)
+            shield(self.record.output, self.record.state, everywhere=True, infinite=not self.problem.narrow)
         if not found.solved:
             what = f"backward of {self.problem.kind} (the gradient of these samples is zero)"
             report_failures(what, found.status, self.on_failure, site=self.site)
@@ -223,9 +229,10 @@ def attach(
         elif output is None or not _reads_more(problem, output, start):
             return inert(z, [*inputs, *starts])
         else:
-            shield(output, start, everywhere=False)
+            if not problem.narrow:  # where an infinite gradient says that the loss is scaled too much
+                shield(output, start, everywhere=False)
             record = AutogradJacobian(output, start, problem.count)
-            operator = ResidualJacobian(record, shifted=problem.kind == "fixed_point")
+            operator = problem.operator(record)
             if problem.has_closed_form and dead is None:
                 with torch.no_grad():
                     operator = problem.linearize(z, output.detach())

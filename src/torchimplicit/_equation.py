@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._adjoint import LinearAdjoint
+from ._adjoint import LinearAdjoint, solve_adjoint
 from ._books import Outcome
 from ._closure import substituted
 from ._isolate import Donors, choices, same
@@ -20,7 +20,7 @@ from ._solution import AdjointReport, Status
 from ._stages import solve
 from ._system import System, traced, untraced
 from ._tape import Tape, run_eagerly
-from .linear import AutogradJacobian, Inverse, ResidualJacobian
+from .linear import AutogradJacobian, Inverse
 from .solvers import Method
 
 
@@ -174,11 +174,17 @@ class Equation:
     def _plain(self, system: System, z: Tensor, tensors: Sequence[Tensor]) -> Problem:
         """The system as a problem whose states are rows."""
         kind, layout = system.kind, Layout.of(z, 1)
-        fn: Any = lambda z: system.call(z, tensors)  # noqa: E731
+
+        def call(z: Tensor) -> Tensor:
+            out = system.call(z, tensors)
+            problem.epsilon = max(problem.epsilon, self.problem.epsilon)  # what was seen in this evaluation
+            return out
+
+        fn: Any = call
         if kind in ("minimize", "least_squares"):
             fn = Gradient(kind, fn, layout, squares=kind == "least_squares")
         problem = Problem(kind, fn, (), layout)
-        problem.epsilon = self.problem.epsilon
+        problem.epsilon = max(problem.epsilon, self.problem.epsilon)
         return problem
 
     def solve_linear(
@@ -195,9 +201,10 @@ class Equation:
         tensors = [t.detach() for t in tensors]
         with torch.no_grad(), self.problem.exact():
             record = AutogradJacobian.at(lambda z: system.value(z, tensors), z, self.problem.count)
-            operator = ResidualJacobian(record, shifted=system.kind == "fixed_point")
+            operator = self.problem.operator(record)
             v = torch.where(dead[:, None], 0.0, v)
-            found = self.adjoint.solve(operator.mT if transposed else operator, v, self._inverse(system))
+            operator = operator.mT if transposed else operator
+            found = solve_adjoint(self.adjoint, operator, v, self._inverse(system))
         status = torch.where(dead, status, found.status)
         shape = (*system.lanes, *self.problem.layout.batch_shape)
         self.report.status = status.reshape(shape)

@@ -152,7 +152,7 @@ def same(output: Tensor, value: Tensor, healthy: Tensor, replaced: Tensor | None
     return bool(error <= 64 * torch.finfo(value.dtype).eps * scale)
 
 
-def shield(output: Tensor, start: Tensor, everywhere: bool) -> None:
+def shield(output: Tensor, start: Tensor, everywhere: bool, infinite: bool = True) -> None:
     """Make non-finite gradients zero where they leave the recorded graph from `start` to `output`, or at all its nodes.
 
     An operation that torch has no derivative of, a quantised one say, is an error if a gradient comes to it: torch
@@ -160,7 +160,8 @@ def shield(output: Tensor, start: Tensor, everywhere: bool) -> None:
 
     No gradient that leaves the library is NaN or infinite. And where the gradient of failed samples is exactly zero,
     every product with it is zero or, where a local derivative is infinite, NaN; with these put to zero at every node,
-    nothing of the failed samples is left wherever samples are mixed.
+    nothing of the failed samples is left wherever samples are mixed. Without `infinite` NaN alone is made zero: in
+    float16 infinity is how an overflow of the others shows.
     """
     if output.grad_fn is None or start.grad_fn is None:
         return
@@ -183,7 +184,7 @@ def shield(output: Tensor, start: Tensor, everywhere: bool) -> None:
             if everywhere or not inner:
                 chosen.append(i)
         if chosen:
-            node.register_hook(partial(_clean, frozenset(chosen)))
+            node.register_hook(partial(_clean, frozenset(chosen), 0.0 if infinite else torch.inf))
 
 
 def _refuse(grads: tuple[Any, ...]) -> None:
@@ -193,8 +194,10 @@ def _refuse(grads: tuple[Any, ...]) -> None:
     )
 
 
-def _clean(chosen: frozenset[int], grad_inputs: tuple[Any, ...], grad_outputs: tuple[Any, ...]) -> tuple[Any, ...]:
+def _clean(
+    chosen: frozenset[int], most: float, grad_inputs: tuple[Any, ...], grad_outputs: tuple[Any, ...]
+) -> tuple[Any, ...]:
     return tuple(
-        g.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0) if i in chosen and g is not None else g
+        g.nan_to_num(nan=0.0, posinf=most, neginf=-most) if i in chosen and g is not None else g
         for i, g in enumerate(grad_inputs)
     )

@@ -14,8 +14,9 @@ from torch.utils import _pytree as pytree
 from ._layout import Layout
 from ._norms import two
 from ._objective import Gradient
+from ._precision import Watch
 from ._purity import Purity
-from ._tape import Tape
+from ._tape import Tape, run_eagerly
 from .linear import AutogradJacobian, ResidualJacobian, SuppliedJacobian
 
 Kind = Literal["fixed_point", "root", "minimize", "least_squares"]
@@ -108,7 +109,9 @@ class Problem:
     a function, whatever it draws at random or changes in its buffers (see `_purity`).
 
     Attributes:
-        epsilon: rounding unit of fn's values; larger than the state's own under autocast.
+        epsilon: rounding unit of fn's values; larger than the state's own where fn computes in less than single
+            precision, by its parameters or under autocast.
+        narrow: whether float16 takes part in them.
         has_closed_form: whether fn supplies its Jacobian itself; False once it was seen to draw or change anything.
         keeps_inverse: whether the solver is asked what it knows of `A⁻¹` when it is done.
     """
@@ -130,7 +133,9 @@ class Problem:
         if torch.is_inference_mode_enabled():
             with torch.inference_mode(False):
                 self.args = pytree.tree_map(_usable, args)
-        self.epsilon = torch.finfo(layout.dtype).eps
+        self.epsilon = max(torch.finfo(dtype).eps for dtype in (layout.dtype, *layout.dtypes))
+        self.narrow = torch.float16 in layout.dtypes
+        self._watched = self._autocast is None
         self._purity = Purity(layout.device, fn, args)
         declared = getattr(fn, "samplewise", None)
         self._samplewise = bool(declared) and self._indexed_by_sample()
@@ -187,7 +192,7 @@ class Problem:
             self._plain = True
         else:
             leaves = layout.check_output(out, self.kind)
-            self.epsilon = max(torch.finfo(leaf.dtype).eps for leaf in leaves)
+            self.epsilon = max(self.epsilon, *(torch.finfo(leaf.dtype).eps for leaf in leaves))
             value = layout.pack(leaves)
         if self._last is not None and self._last._version != self._version:
             raise ValueError(f"{self.kind}: fn writes into what it returned before; return a new tensor each time.")
@@ -216,7 +221,13 @@ class Problem:
         if self._autocast is None:
             return user(argument, *self.args)
         with torch.autocast(self.layout.device.type, self._autocast):
-            return user(argument, *self.args)
+            if self._watched:
+                return user(argument, *self.args)
+            self._watched = True
+            with run_eagerly(), Watch() as seen:
+                out = user(argument, *self.args)
+            self.epsilon, self.narrow = max(self.epsilon, seen.epsilon), self.narrow or seen.narrow
+            return out
 
     def packed(self, out: Any) -> Tensor:
         """What the user's function returned as a matrix `(B, n)`, objectives `(B,)`, or rows of residuals `(B, m)`."""
@@ -358,9 +369,12 @@ class Problem:
             self._counted[0] += 1
             operator = self.fn.linearize(z.reshape(shape), value.reshape(shape), *self.args)
             jacobian = SuppliedJacobian(operator, shape, self.layout.matrix_shape, self.count)
-        else:
-            jacobian = AutogradJacobian.at(self.output, z, self.count)
-        return ResidualJacobian(jacobian, shifted=self.kind == "fixed_point")
+            return self.operator(jacobian, exact=True)
+        return self.operator(AutogradJacobian.at(self.output, z, self.count))
+
+    def operator(self, jacobian: AutogradJacobian | SuppliedJacobian, exact: bool = False) -> ResidualJacobian:
+        """`A = −∂r/∂z` of fn's Jacobian, whose products are as coarse as fn, or `exact` in the state's own dtype."""
+        return ResidualJacobian(jacobian, shifted=self.kind == "fixed_point", epsilon=0.0 if exact else self.epsilon)
 
     def linearize_target(self, z: Tensor, evaluation: Evaluation) -> AutogradJacobian | ResidualJacobian:
         """`−∂t/∂z` of what methods of least squares make small (see `Evaluation.target`), `m × n`."""

@@ -8,7 +8,7 @@ from torch import Tensor
 from ._books import Outcome
 from ._iterate import iterate
 from ._norms import two
-from ._precision import ROUGH, reduced
+from ._refinement import ROUGH, reduced
 from ._problem import Evaluation, Problem
 from ._progress import Progress
 from ._solution import Status

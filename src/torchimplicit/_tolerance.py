@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ._norms import norm_function, two
+from ._precision import COARSE
 from ._problem import Evaluation, Problem
 from .solvers import Method
 
@@ -35,7 +36,10 @@ class Tolerance:
         self._problem = problem
         epsilon = problem.epsilon
         # Roots are compared with where they began, and solved superlinearly: to ask for more costs no more than a step.
-        default = epsilon ** (2 / 3 if problem.kind == "fixed_point" else 3 / 4)
+        if problem.kind != "fixed_point":
+            default = epsilon ** (3 / 4)
+        else:
+            default = epsilon if epsilon > COARSE else epsilon ** (2 / 3)
         self._rtol = default if method.rtol is None else method.rtol
         first = self.first = self.of(start)
         # Without an absolute tolerance of the user's a residual reduced by 1/ε counts as zero: it has no units.
@@ -73,7 +77,8 @@ class Tolerance:
         """
         if self._rtol == 0.0:
             return self._atol
-        rtol = max(self._rtol, _REACH * self._problem.epsilon)
+        epsilon = self._problem.epsilon
+        rtol = max(self._rtol, epsilon if epsilon > COARSE else _REACH * epsilon)
         scale = self._problem.scale(evaluation, self.norm)
         if scale is None:
             return self._atol + rtol * _finite(self.first)

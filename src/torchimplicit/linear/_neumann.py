@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .._norms import two
-from .._precision import ROUGH_SYSTEM, reduced
+from .._refinement import ROUGH_SYSTEM, reduced
 from .._solution import Status
 from ._solver import LinearOperator, LinearSolution, LinearSolver
 

@@ -234,11 +234,19 @@ class PartialJacobian:
 
 @dataclass(frozen=True)
 class ResidualJacobian:
-    """`A = −∂r/∂z`, or its transpose: `I − J` for a fixed point (`shifted`), `J` for a root."""
+    """`A = −∂r/∂z`, or its transpose: `I − J` for a fixed point (`shifted`), `J` for a root.
+
+    Attributes:
+        jacobian: `J`.
+        shifted: whether `A = I − J`.
+        transposed: whether it is the transpose that is meant.
+        epsilon: rounding unit of the products, where it is larger than that of their dtype.
+    """
 
     jacobian: AutogradJacobian | SuppliedJacobian | PartialJacobian
     shifted: bool
     transposed: bool = False
+    epsilon: float = 0.0
 
     @property
     def divisible(self) -> bool:
@@ -283,7 +291,7 @@ class ResidualJacobian:
 
     def select(self, samples: Tensor) -> "ResidualJacobian":
         """`A` of some samples alone, by their indices."""
-        return ResidualJacobian(self.jacobian.select(samples), self.shifted, self.transposed)
+        return replace(self, jacobian=self.jacobian.select(samples))
 
     def _richardson(self, p: Tensor) -> Tensor:
         product = self._product(p)

@@ -94,7 +94,13 @@ class _Implicit(nn.Module):
                 f"{type(self).__name__} starts from zeros like its first input, which must be a tensor but is "
                 f"{type(inputs[0]).__name__ if inputs else 'missing'}; give init=, a callable of the inputs."
             )
-        return torch.zeros_like(inputs[0])
+        return torch.zeros_like(inputs[0], dtype=_start_dtype(inputs[0]))
+
+
+def _start_dtype(x: Tensor) -> torch.dtype:
+    """That of the input; single precision under autocast, whose business the cell's precision is then."""
+    reduced = x.is_floating_point() and x.itemsize < 4 and torch.is_autocast_enabled(x.device.type)
+    return torch.float32 if reduced else x.dtype
 
 
 class FixedPoint(_Implicit):

@@ -70,6 +70,7 @@ class Method(Options, ABC):
     Args:
         rtol: relative tolerance; None is `ε^(2/3)` of the dtype (4e-11 in float64, 2e-5 in float32) for a fixed point
             and `ε^(3/4)` (2e-12, 6e-6) for the others. Never effective below `4ε`, which is what the dtype can reach.
+            Where fn computes in float16 or bfloat16, under autocast too, both are `ε` (1e-3, 8e-3) for a fixed point.
         atol: absolute tolerance in the units of the residual; None is `ε·‖r(z0)‖`, which has no units to get wrong.
         norm: `"rms"`, `"two"`, `"max"` or a callable `(B, n) -> (B,)`.
         check_every: steps between two looks at the residuals; larger values save time where fn is cheap, and
