@@ -22,7 +22,7 @@ PACKAGE = ROOT / "src" / "torchimplicit"
 FLOORS = [
     "_norms _options _solution _closure _tape _purity _precision _refinement",
     "_layout _report linear _progress",
-    "_objective _shapes",
+    "_objective _shapes _spread",
     "_problem",
     "solvers _adjoint _isolate _system",
     "_tolerance",

@@ -8,9 +8,11 @@ from ._call import run
 from ._options import refuse_unknown
 from ._report import OnFailure
 from ._solution import PyTree, Solution
+from ._spread import ProcessGroup
 from .solvers import Method
 
 _OPTIONS = ("solver", "adjoint", "batch_dims", "max_steps", "on_failure", "trace", "verbose")
+_SPREAD = (*_OPTIONS, "process_group")
 
 
 def fixed_point(
@@ -24,6 +26,7 @@ def fixed_point(
     on_failure: OnFailure = "warn",
     trace: bool = False,
     verbose: bool = False,
+    process_group: ProcessGroup | None = None,
     **unknown: Never,
 ) -> Solution:
     """Solve `z = fn(z, *args)`, differentiably.
@@ -60,6 +63,10 @@ def fixed_point(
             does not converge in the forward or the backward pass.
         trace: keep the residual norms of every step.
         verbose: print a line for every step: residuals, and how many samples are still unsolved.
+        process_group: the `torch.distributed` processes that solve together, or `"world"`, which is nobody else where
+            nothing is distributed. For an fn that communicates with the other processes: each gives its own samples,
+            and all call fn equally often, in the backward pass, too; every process must make the call and take the
+            backward pass. None if fn does not communicate: then each solves for itself.
 
     Returns:
         A `Solution`; `.value` is z.
@@ -69,7 +76,7 @@ def fixed_point(
         ValueError: an option out of range; fn returns another shape.
         ConvergenceError: a sample failed and `on_failure="raise"`.
     """
-    refuse_unknown("fixed_point", unknown, _OPTIONS)
+    refuse_unknown("fixed_point", unknown, _SPREAD)
     return run(
         "fixed_point",
         fn,
@@ -82,6 +89,7 @@ def fixed_point(
         on_failure=on_failure,
         trace=trace,
         verbose=verbose,
+        process_group=process_group,
     )
 
 
@@ -96,6 +104,7 @@ def root(
     on_failure: OnFailure = "warn",
     trace: bool = False,
     verbose: bool = False,
+    process_group: ProcessGroup | None = None,
     **unknown: Never,
 ) -> Solution:
     """Solve `fn(z, *args) = 0`, differentiably.
@@ -120,6 +129,7 @@ def root(
         on_failure: as in `fixed_point`.
         trace: as in `fixed_point`.
         verbose: as in `fixed_point`.
+        process_group: as in `fixed_point`.
 
     Returns:
         A `Solution`; `.value` is z.
@@ -129,7 +139,7 @@ def root(
         ValueError: an option out of range; fn returns another shape.
         ConvergenceError: a sample failed and `on_failure="raise"`.
     """
-    refuse_unknown("root", unknown, _OPTIONS)
+    refuse_unknown("root", unknown, _SPREAD)
     return run(
         "root",
         fn,
@@ -142,6 +152,7 @@ def root(
         on_failure=on_failure,
         trace=trace,
         verbose=verbose,
+        process_group=process_group,
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch._compile import _disable_dynamo
+from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 from ._adjoint import Adjoint, Implicit, LinearAdjoint
@@ -18,7 +19,9 @@ from ._progress import Progress
 from ._report import OnFailure, call_site, check_on_failure, report_failures, undetected
 from ._shapes import shapes_only
 from ._solution import AdjointReport, PyTree, Solution, Status
+from ._spread import ProcessGroup, SpreadLayout, resolve_group
 from ._stages import solve
+from ._system import transformed as is_transformed
 from ._transformed import needs_rules, run_transformed
 from ._unroll import Unroll, unrolled
 from .solvers import Auto, Method
@@ -46,12 +49,15 @@ def _run(
     on_failure: OnFailure,
     trace: bool,
     verbose: bool,
+    process_group: ProcessGroup | None = None,
 ) -> Solution:
     """Solve."""
     solver = Auto() if solver is None else solver
     adjoint = Implicit() if adjoint is None else adjoint
     _check_call(fn, solver, adjoint, max_steps, on_failure)
     layout = Layout.of(z0, batch_dims)
+    if process_group is not None:
+        layout = _spread(kind, layout, process_group)
     leaves = pytree.tree_leaves(z0)
     if kind in ("minimize", "least_squares"):
         fn = Gradient(kind, fn, layout, squares=kind == "least_squares")
@@ -101,6 +107,19 @@ def _run(
 
 
 _run_uncompiled = _disable_dynamo(_run)
+
+
+def _spread(kind: Kind, layout: Layout, process_group: ProcessGroup) -> Layout:
+    """The layout of a state whose samples are spread over a group, if there is anyone else in it."""
+    group = resolve_group(process_group)
+    if group is None:
+        return layout
+    if is_transformed() or forward_ad._current_level >= 0:
+        raise RuntimeError(
+            f"{kind}: process_group= works with backward and torch.autograd.grad, not under torch.func transforms or "
+            "in forward mode; leave it out there."
+        )
+    return SpreadLayout.over(group, layout)
 
 
 def _check_call(fn: Any, solver: Any, adjoint: Any, max_steps: Any, on_failure: Any) -> None:

@@ -124,6 +124,9 @@ def choices(problem: Problem, read: list[Tensor]) -> Iterator[list[Tensor]]:
 
     Every tensor with the batch shape in front may be; a parameter only where nothing else will do.
     """
+    if problem.layout.shared:  # an attempt is a call of fn, which every process must make
+        yield []
+        return
     batch = problem.layout.batch_shape
     candidates = [t for t in read if t.shape[: len(batch)] == batch]
     inputs = [t for t in candidates if not isinstance(t, torch.nn.Parameter)]

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from math import prod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -44,6 +44,9 @@ class Layout:
     simple: bool
     bare: bool
     order: tuple[int, ...] | None = None
+
+    shared: ClassVar[bool] = False
+    """Whether other processes hold parts of the state (see `_spread`)."""
 
     @cached_property
     def matrix_shape(self) -> tuple[int, int]:

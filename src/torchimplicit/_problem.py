@@ -140,6 +140,7 @@ class Problem:
         declared = getattr(fn, "samplewise", None)
         self._samplewise = bool(declared) and self._indexed_by_sample()
         self._split = self._samplewise or (declared is None and bool(layout.batch_shape) and self._carries_the_batch())
+        self._split = self._split and not layout.shared  # nobody may leave before all others
         # Whether fn was seen to return the state's own dtype and shape, and may repeat itself unseen.
         self._plain = False
         self.keeps_inverse = False
@@ -206,7 +207,7 @@ class Problem:
         user, tapes = holder.fn, []
 
         def recording(argument: Any, *args: Any) -> Any:
-            tape, out = Tape.record(self.held(user), argument, args, user)
+            tape, out = Tape.record(self.held(user), argument, args, user, once=self.layout.shared)
             tapes.append(tape)
             return out
 

@@ -64,7 +64,9 @@ class Tape:
         self._out: tuple[list[Any], pytree.TreeSpec] = ([], pytree.tree_structure(None))
 
     @staticmethod
-    def record(fn: Callable[..., Any], argument: Any, args: tuple[Any, ...], user: Any = None) -> "tuple[Tape, Any]":
+    def record(
+        fn: Callable[..., Any], argument: Any, args: tuple[Any, ...], user: Any = None, once: bool = False
+    ) -> "tuple[Tape, Any]":
         """Call `fn(argument, *args)`; its tape, and what it returned.
 
         Where `torch.compile` is in use fn is called once more before: one whose graph it has compiled is left unseen.
@@ -74,12 +76,13 @@ class Tape:
             argument: first argument, whose leaves may be replaced.
             args: the other ones.
             user: what fn is at heart, by which one that is not compiled is remembered.
+            once: whether fn must not be called more than once; what is compiled then runs as it was written.
         """
         tape = Tape()
         given = pytree.tree_leaves(argument)
         first = min((t.grad_fn._sequence_nr() for t in given if t.grad_fn is not None), default=None)
         key = getattr(user, "__code__", user)
-        if first is not None and "torch._dynamo" in sys.modules and not _remembered(key):
+        if first is not None and not once and "torch._dynamo" in sys.modules and not _remembered(key):
             with _unsaved():
                 out = fn(argument, *args)
             if _compiled(pytree.tree_leaves(out), first):

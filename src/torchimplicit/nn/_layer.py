@@ -11,12 +11,13 @@ from .._api import fixed_point, root
 from .._options import refuse_unknown
 from .._report import OnFailure, check_on_failure
 from .._solution import PyTree, Solution
+from .._spread import ProcessGroup
 from ..diagnostics import record
 from ..solvers import Method
 from ._previous import Previous
 from ._quantised import couples_samples
 
-_OPTIONS = ("solver", "adjoint", "batch_dims", "max_steps", "on_failure", "init")
+_OPTIONS = ("solver", "adjoint", "batch_dims", "max_steps", "on_failure", "init", "process_group")
 
 
 class _Implicit(nn.Module):
@@ -34,6 +35,7 @@ class _Implicit(nn.Module):
         max_steps: int | None = None,
         on_failure: OnFailure = "warn",
         init: Callable[..., PyTree] | Previous | None = None,
+        process_group: ProcessGroup | None = None,
         **unknown: Never,
     ) -> None:
         super().__init__()
@@ -46,6 +48,11 @@ class _Implicit(nn.Module):
                 f"init={init!r} is not callable; give a function or nn.Module of the inputs, "
                 "torchimplicit.nn.Previous(), or None."
             )
+        if process_group is not None and isinstance(init, Previous):
+            raise ValueError(
+                "init=Previous() starts each process from its own last solution, which process_group= cannot allow; "
+                "give one of the two."
+            )
         self.cell = cell
         self.init = init
         self.solver = solver
@@ -53,6 +60,7 @@ class _Implicit(nn.Module):
         self.batch_dims = batch_dims
         self.max_steps = max_steps
         self.on_failure: OnFailure = on_failure
+        self.process_group = process_group
 
     def forward(self, *inputs: PyTree) -> PyTree:
         """The solution z for these inputs: `solve(*inputs).value`."""
@@ -73,6 +81,7 @@ class _Implicit(nn.Module):
             max_steps=self.max_steps,
             on_failure=self.on_failure,
             trace=trace,
+            process_group=self.process_group,
         )
         if isinstance(self.init, Previous):
             self.init.keep(solution)
@@ -136,6 +145,8 @@ class FixedPoint(_Implicit):
         on_failure: `"warn"`, `"raise"` or `"ignore"`.
         init: gives the start from the inputs, a callable or a Module; None starts from zeros like the first input. Or
             `Previous()`, to start from the last solution.
+        process_group: for a cell that communicates with other processes: these, or `"world"`, which a copy or pickle
+            of the layer survives; as in `fixed_point`.
     """
 
     _call = staticmethod(fixed_point)  # pyright: ignore[reportAssignmentType]
