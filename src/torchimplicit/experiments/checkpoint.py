@@ -40,6 +40,7 @@ def save(
     optimizer: torch.optim.Optimizer,
     config: dict[str, Any],
     data_checksum: str,
+    scaler: torch.amp.GradScaler | None = None,
 ) -> None:
     """Write `folder/checkpoint.pt`; the one before it becomes `checkpoint.prev.pt`."""
     content = {
@@ -50,6 +51,7 @@ def save(
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "rng": _random_state(),
+        "scaler": None if scaler is None else scaler.state_dict(),
     }
     write_atomically(folder / NAME, lambda file: torch.save(content, file), keep=folder / PREVIOUS)
 
@@ -95,10 +97,17 @@ def _read(path: Path) -> dict[str, Any] | None:
     return content
 
 
-def restore(content: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
-    """Put weights, optimiser and random generators back, and return where the run stood."""
+def restore(
+    content: dict[str, Any],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler | None = None,
+) -> Progress:
+    """Put weights, optimiser, scale of the loss and random generators back, and return where the run stood."""
     model.load_state_dict(content["model"])
     optimizer.load_state_dict(content["optimizer"])
+    if scaler is not None and content.get("scaler"):
+        scaler.load_state_dict(content["scaler"])
     torch.set_rng_state(content["rng"]["cpu"])
     if torch.cuda.is_available() and content["rng"]["cuda"]:
         torch.cuda.set_rng_state_all(content["rng"]["cuda"])

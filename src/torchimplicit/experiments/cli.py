@@ -11,13 +11,14 @@ import typer
 from rich.console import Console
 
 import torchimplicit as ti
-from torchimplicit.experiments import analysis, demo, run_folder
+from torchimplicit.experiments import analysis, demo, run_folder, world
 from torchimplicit.experiments.config import DEFAULT_EPOCHS, TrainConfig, check_layer
-from torchimplicit.experiments.console import make_reporter
+from torchimplicit.experiments.console import PlainReporter, make_reporter
 from torchimplicit.experiments.data import DATA_VARIABLE, load_digits
 from torchimplicit.experiments.errors import ExperimentError
 from torchimplicit.experiments.metrics import outcome
 from torchimplicit.experiments.train import Job, train
+from torchimplicit.experiments.world import ElsewhereError
 
 app = typer.Typer(
     name="torchimplicit",
@@ -43,6 +44,8 @@ The explicit twin, to compare with:  [cyan]torchimplicit train mnist --layer exp
 
 Go on after an interruption, with the same options:  [cyan]torchimplicit train mnist --resume[/cyan]
 
+On two processes:  [cyan]torchrun --nproc-per-node 2 -m torchimplicit.experiments.main train mnist[/cyan]
+
 Two runs in one report:  [cyan]torchimplicit report runs/mnist-picard-seed0 runs/mnist-newton-seed0[/cyan]
 """
 
@@ -52,6 +55,8 @@ def _one_line_errors() -> Iterator[None]:
     """Show what the person at the keyboard can put right as one line on stderr, with exit status 2."""
     try:
         yield
+    except ElsewhereError as error:
+        raise typer.Exit(2) from error
     except (ExperimentError, OSError) as error:
         text = " ".join(str(error).split())
         Console(stderr=True).print(f"[red]error:[/red] {_escaped(text)}", soft_wrap=True, highlight=False)
@@ -112,6 +117,14 @@ def train_mnist(
         int,
         typer.Option(help="Of the initial weights and the order of images.", rich_help_panel=OPTIMISATION),
     ] = 0,
+    precision: Annotated[
+        str,
+        typer.Option(
+            help="[bold]float32[/bold], or what autocast computes in: [bold]bf16[/bold] or [bold]fp16[/bold], this "
+            "one with a scaled loss. Parameters are float32 always.",
+            rich_help_panel=OPTIMISATION,
+        ),
+    ] = "float32",
     tolerance: Annotated[
         float,
         typer.Option(
@@ -149,6 +162,10 @@ def train_mnist(
         bool,
         typer.Option("--resume", help="Go on with the run in --out from its checkpoint.", rich_help_panel=RUN),
     ] = False,
+    safetensors: Annotated[
+        bool,
+        typer.Option("--safetensors", help="Write the weights to model.safetensors, too.", rich_help_panel=RUN),
+    ] = False,
     checkpoint_every: Annotated[
         int,
         typer.Option(
@@ -169,8 +186,8 @@ def train_mnist(
     The run's folder gets config.json, metrics.jsonl (a line per epoch), batches.jsonl (a line per batch),
     checkpoint.pt and report.html.
     """
-    console = Console()
-    with _one_line_errors():
+    with _one_line_errors(), world.join(device) as here:
+        console = Console(quiet=not here.leads)
         check_layer(layer)
         config = TrainConfig(
             layer=layer,
@@ -184,20 +201,23 @@ def train_mnist(
             seed=seed,
             device=device,
             threads=threads,
+            precision=precision,
         )
         if checkpoint_every < 1:
             raise ExperimentError(f"--checkpoint-every: must be at least 1, not {checkpoint_every}")
         folder = out or Path("runs") / f"mnist-{layer}-seed{seed}"
-        digits = load_digits(data_dir, download)
-        job = Job(config, digits, folder, resume, checkpoint_every)
+        digits = here.in_turn(lambda: load_digits(data_dir, download))
+        job = Job(config, digits, folder, resume, checkpoint_every, safetensors, here)
         _say(console, f"data: {digits.describe()}")
         _say(console, f"run: {folder}")
         try:
-            with make_reporter(console) as reporter:
+            with make_reporter(console) if here.leads else PlainReporter(console) as reporter:
                 model, rows = train(job, reporter)
         except KeyboardInterrupt:
             _say(console, "interrupted; the same command with --resume goes on from the last checkpoint")
             raise typer.Exit(130) from None
+        if not here.leads:
+            return
         analysis.write(folder, analysis.analyse(model, config, digits.test))
         _write_report([folder], folder / run_folder.REPORT)
         for line in outcome(rows):

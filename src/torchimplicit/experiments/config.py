@@ -5,9 +5,13 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 from torchimplicit.experiments.errors import ExperimentError
 
 LAYERS = ("picard", "anderson", "newton", "explicit")
+PRECISIONS: dict[str, torch.dtype | None] = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""What autocast computes in; None is no autocast."""
 DEFAULT_EPOCHS = {"picard": 10, "anderson": 10, "newton": 8, "explicit": 10}
 
 
@@ -18,6 +22,14 @@ def check_layer(name: str) -> str:
     nearest = difflib.get_close_matches(name.lower(), LAYERS, n=1, cutoff=0.4)
     hint = f"; did you mean '{nearest[0]}'?" if nearest else ""
     raise ExperimentError(f"--layer: unknown layer '{name}', valid ones are {', '.join(LAYERS)}{hint}")
+
+
+def check_precision(name: str) -> None:
+    """Raise unless `name` is a precision, naming the valid ones and the nearest."""
+    if name not in PRECISIONS:
+        nearest = difflib.get_close_matches(name.lower(), PRECISIONS, n=1, cutoff=0.4)
+        hint = f"; did you mean '{nearest[0]}'?" if nearest else ""
+        raise ExperimentError(f"--precision: unknown '{name}', valid ones are {', '.join(PRECISIONS)}{hint}")
 
 
 def parse_schedule(text: str) -> tuple[tuple[int, float], ...]:
@@ -69,9 +81,11 @@ class TrainConfig:
     seed: int = 0
     device: str = "cpu"
     threads: int | None = None
+    precision: str = "float32"
 
     def __post_init__(self) -> None:
         check_layer(self.layer)
+        check_precision(self.precision)
         parse_schedule(self.lr_schedule)
         for name in ("epochs", "batch_size", "width", "max_steps", "threads"):
             value = getattr(self, name)

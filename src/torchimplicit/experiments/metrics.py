@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 
 import torchimplicit as ti
 from torchimplicit.experiments.recipe import CLASSES
+from torchimplicit.experiments.world import World
+
+_SUMMED = ("samples", "steps", "converged", "evaluations_forward", "evaluations_backward")
 
 
 @dataclass
@@ -76,6 +79,35 @@ class BatchRecord:
             "gradient_norm": self.gradient_norm,
             "skipped": self.skipped,
         }
+
+    def of_all(self, world: World) -> BatchRecord:
+        """The record of a whole batch, of whose parts the processes have one each."""
+        if world.size == 1:
+            return self
+        solves = self.solves
+        sums = [
+            float(self.size),
+            self.loss * self.size if self.size else 0.0,
+            float(self.wrong),
+            *(float(getattr(solves, name)) for name in _SUMMED),
+            *(
+                float(statuses.get(s.name, 0))
+                for statuses in (solves.statuses, solves.adjoint_statuses)
+                for s in ti.Status
+            ),
+        ]
+        parts = world.gathered([float(solves.iterations), *sums])
+        size, loss, wrong, *counts = (sum(column) for column in [*zip(*parts, strict=True)][1:])
+        figures = dict(zip(_SUMMED, map(int, counts), strict=False))
+        of_status = [int(c) for c in counts[len(_SUMMED) :]]
+        half = len(ti.Status)
+        whole = Solves(
+            iterations=int(max(part[0] for part in parts)),
+            statuses=_named(of_status[:half]),
+            adjoint_statuses=_named(of_status[half:]),
+            **figures,
+        )
+        return replace(self, size=int(size), loss=loss / size, wrong=int(wrong), solves=whole)
 
 
 @dataclass
@@ -175,6 +207,11 @@ def outcome(rows: list[dict[str, Any]]) -> list[str]:
             "training failed, most likely because of too large a learning rate."
         )
     return lines
+
+
+def _named(counts: list[int]) -> dict[str, int]:
+    """Counts of all statuses as those of the ones there are."""
+    return {status.name: count for status, count in zip(ti.Status, counts, strict=True) if count}
 
 
 def _failures(status: torch.Tensor) -> dict[str, int]:

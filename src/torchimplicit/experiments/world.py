@@ -1,0 +1,111 @@
+"""The processes of one run: alone, or those that torchrun started; what they share, and who writes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from torchimplicit.experiments.errors import ExperimentError
+
+Thing = TypeVar("Thing")
+
+
+class ElsewhereError(ExperimentError):
+    """What the first process has met, and will tell of."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among those of the run.
+
+    Attributes:
+        rank: its number.
+        size: how many there are.
+        local_rank: its number on this machine.
+        restarts: how often torchrun has started the run again after a process was lost.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    restarts: int = 0
+
+    @property
+    def leads(self) -> bool:
+        """Whether it is the one that reads checkpoints, writes files and reports."""
+        return self.rank == 0
+
+    def device(self, name: str) -> str:
+        """Of several GPUs of a machine, its own."""
+        return f"cuda:{self.local_rank}" if name == "cuda" and self.size > 1 else name
+
+    def share(self, index: Tensor) -> Tensor:
+        """Its part of a batch of indices, in order; the parts differ by one at most, and may be empty."""
+        return index if self.size == 1 else index.tensor_split(self.size)[self.rank]
+
+    def replicated(self, model: nn.Module) -> nn.Module:
+        """The model as all processes train it: what the first one has, with the mean of all gradients."""
+        return model if self.size == 1 else DistributedDataParallel(model)
+
+    def gathered(self, numbers: list[float]) -> list[list[float]]:
+        """The numbers of every process, in order."""
+        if self.size == 1:
+            return [numbers]
+        mine = torch.tensor(numbers, dtype=torch.float64)
+        parts = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(parts, mine)
+        return [part.tolist() for part in parts]
+
+    def from_first(self, make: Callable[[], Thing]) -> Thing:
+        """What the first process makes, for all; an `ExperimentError` that it meets, all raise."""
+        if self.size == 1:
+            return make()
+        error, made = None, None
+        if self.leads:
+            try:
+                made = make()
+            except (ExperimentError, OSError) as met:
+                error = met
+        box: list[Any] = [made, None if error is None else str(error)]
+        dist.broadcast_object_list(box, src=0)
+        if error is not None:
+            raise error
+        if box[1] is not None:
+            raise ElsewhereError(box[1])
+        return box[0]
+
+    def in_turn(self, make: Callable[[], Thing]) -> Thing:
+        """What every process makes for itself, the first one before the others: it may fetch what all then find."""
+        if self.size == 1:
+            return make()
+        if not self.leads:
+            self.from_first(lambda: None)
+            return make()
+        made: list[Thing] = []
+        self.from_first(lambda: made.append(make()))
+        return made[0]
+
+
+@contextmanager
+def join(device: str) -> Iterator[World]:
+    """The world that this process belongs to, for the length of a run."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if size == 1 or "MASTER_ADDR" not in os.environ:
+        yield World(restarts=restarts)
+        return
+    # Numbers are exchanged on the CPU, gradients where they are.
+    backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+    dist.init_process_group(backend)
+    try:
+        yield World(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")), restarts)
+    finally:
+        dist.destroy_process_group()
