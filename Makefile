@@ -22,7 +22,7 @@ CHECKED := src tests benchmarks
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help mnist test lint format format-check types test-quick tests bench bench-notebook bench-solvers mutants evidence hooks clean distclean
+.PHONY: help mnist test lint format format-check types test-quick tests bench bench-notebook bench-solvers precision distributed soak mutants evidence hooks clean distclean
 
 help: ## say what there is
 	@echo "usage: make TARGET"
@@ -92,6 +92,15 @@ bench-solvers: $(VENV)/.bench ## run our solvers and the peers on the test probl
 bench-notebook: $(VENV)/.train ## measure memory and time against the notebook's own algorithms, one thread
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.speed_notebook
+
+precision: $(VENV)/.train ## compare the accuracy of float32, bf16 and fp16 on the full MNIST (TORCHIMPLICIT_DATA as above)
+	$(BIN)/python -m benchmarks.precision
+
+distributed: $(VENV)/.train ## compare the speed of two processes and of one on the full MNIST; needs two quiet cores
+	$(BIN)/python -m benchmarks.distributed
+
+soak: $(VENV)/.train ## train 20,000 steps with rate spikes, NaN inputs and kills
+	$(BIN)/python -m benchmarks.soak
 
 mutants: $(VENV)/.train $(VENV)/.dev ## put mistakes into copies of the derivative engine: the tests must notice each
 	$(BIN)/python -m benchmarks.mutants

@@ -44,17 +44,10 @@ def _blocks(document: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / document).read_text(), re.DOTALL | re.MULTILINE)
 
 
-@pytest.mark.parametrize(
-    "document",
-    [
-        "README.md",
-        "docs/gradients.md",
-        "docs/solvers.md",
-        "docs/warm-starts.md",
-        "docs/migrating.md",
-        "docs/pytorch.md",
-    ],
-)
+DOCUMENTS = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_the_python_of_a_document_runs(document: str) -> None:
     blocks = _blocks(document, "python")
     assert blocks

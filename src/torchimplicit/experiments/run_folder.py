@@ -34,8 +34,11 @@ def environment() -> dict[str, Any]:
     }
 
 
-def create(folder: Path, config: TrainConfig, data: dict[str, Any]) -> None:
-    """Make a new run folder with its `config.json`; a folder with anything in it is refused."""
+def create(folder: Path, config: TrainConfig, data: dict[str, Any], launch: str = "") -> None:
+    """Make a new run folder with its `config.json`; a folder with anything in it is refused.
+
+    `launch` is torchrun's name for the launch, by which it knows its own run again when it has to restart it.
+    """
     if folder.exists() and not folder.is_dir():
         raise ExperimentError(f"--out: '{folder}' is a file; name a folder")
     if folder.is_dir() and any(folder.iterdir()):
@@ -43,6 +46,8 @@ def create(folder: Path, config: TrainConfig, data: dict[str, Any]) -> None:
             f"--out: '{folder}' is not empty; add --resume to go on with the run in it, or name another folder"
         )
     content = {"options": config.as_dict(), "data": data, "environment": environment()}
+    if launch:
+        content["launch"] = launch
     write_atomically(folder / CONFIG, (to_json(content, indent=2) + "\n").encode())
 
 

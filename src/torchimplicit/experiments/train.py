@@ -81,11 +81,13 @@ def train(job: Job, reporter: Reporter) -> tuple[nn.Sequential, list[dict[str, A
 
 def _begin(job: Job, checksum: str, reporter: Reporter) -> dict[str, Any] | None:
     """Make the run's folder, or find the checkpoint to go on from: where asked to, or started again by torchrun."""
-    restarted = job.world.restarts > 0 and (job.folder / run_folder.CONFIG).exists()
+    # Only what the same launch began: another run in the folder is an error, in the second attempt as in the first.
+    begun = job.world.restarts > 0 and (job.folder / run_folder.CONFIG).exists()
+    restarted = begun and run_folder.read_config(job.folder).get("launch") == job.world.launch
     if not (job.resume or restarted):
         data = {"source": job.digits.source, "checksum": checksum}
         data |= {"train": len(job.digits.train), "test": len(job.digits.test)}
-        run_folder.create(job.folder, job.config, data)
+        run_folder.create(job.folder, job.config, data, job.world.launch)
         return None
     run_folder.check_resumable(job.folder, job.config, checksum)
     content = checkpoint.load(job.folder)

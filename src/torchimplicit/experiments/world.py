@@ -31,12 +31,14 @@ class World:
         size: how many there are.
         local_rank: its number on this machine.
         restarts: how often torchrun has started the run again after a process was lost.
+        launch: torchrun's name for this launch, the same after a restart; empty without torchrun.
     """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     restarts: int = 0
+    launch: str = ""
 
     @property
     def leads(self) -> bool:
@@ -98,14 +100,16 @@ class World:
 def join(device: str) -> Iterator[World]:
     """The world that this process belongs to, for the length of a run."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
+    launch = os.environ.get("TORCHELASTIC_RUN_ID", "")
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     if size == 1 or "MASTER_ADDR" not in os.environ:
-        yield World(restarts=restarts)
+        yield World(restarts=restarts, launch=launch)
         return
     # Numbers are exchanged on the CPU, gradients where they are.
     backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
     dist.init_process_group(backend)
     try:
-        yield World(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")), restarts)
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        yield World(dist.get_rank(), dist.get_world_size(), local, restarts, launch)
     finally:
         dist.destroy_process_group()
