@@ -108,13 +108,14 @@ def life(folder: Path, last: int, dies_at: int | None, layer: str, precision: st
         elif bad:
             spoilt.rows = chance.sample(range(BATCH), 3)
             tally.nan_features += 1
-        before = model[1].weight.detach().clone() if spoilt.rows else None
+        weight = next(model.parameters())
+        before = weight.detach().clone() if spoilt.rows else None
         record = train_batch(model, optimizer, images, labels, 0, step, scheme)
         tally.spikes += spiked
         tally.loss = 0.99 * tally.loss + 0.01 * min(record.loss, 10.0) if tally.step else record.loss
         if record.skipped:
             tally.skipped[record.skipped] = tally.skipped.get(record.skipped, 0) + 1
-        if before is not None and not torch.equal(before, model[1].weight):
+        if before is not None and not torch.equal(before, weight):
             tally.taken_with_nan += 1
         if not all(bool(p.isfinite().all()) for p in model.parameters()):
             raise RuntimeError(f"step {step}: a parameter is not finite")

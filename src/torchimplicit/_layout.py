@@ -43,7 +43,7 @@ class Layout:
     device: torch.device
     simple: bool
     bare: bool
-    order: tuple[int, ...] | None = None
+    order: tuple[int, ...] | None
 
     shared: ClassVar[bool] = False
     """Whether other processes hold parts of the state (see `_spread`)."""

@@ -8,9 +8,9 @@ from torch import Tensor
 from ._books import Outcome
 from ._iterate import iterate
 from ._norms import two
-from ._refinement import ROUGH, reduced
 from ._problem import Evaluation, Problem
 from ._progress import Progress
+from ._refinement import ROUGH, reduced
 from ._solution import Status
 from ._tolerance import Tolerance
 from .linear import Cascade

@@ -229,7 +229,7 @@ def run_eagerly() -> AbstractContextManager[Any]:
 
 def _unsaved() -> AbstractContextManager[Any]:
     """For a call whose graph is thrown away: checkpoints, which count what is saved, are not told of it."""
-    if not _autograd._saved_tensors_hooks_is_enabled():  # torch.func has neither checkpoints nor such hooks
+    if _autograd._top_saved_tensors_default_hooks(False) is None:  # torch.func, within fn too, would refuse ours
         return nullcontext()
     return torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is)
 

@@ -45,7 +45,7 @@ def create(folder: Path, config: TrainConfig, data: dict[str, Any], launch: str 
         raise ExperimentError(
             f"--out: '{folder}' is not empty; add --resume to go on with the run in it, or name another folder"
         )
-    content = {"options": config.as_dict(), "data": data, "environment": environment()}
+    content: dict[str, Any] = {"options": config.as_dict(), "data": data, "environment": environment()}
     if launch:
         content["launch"] = launch
     write_atomically(folder / CONFIG, (to_json(content, indent=2) + "\n").encode())
