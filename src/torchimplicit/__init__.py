@@ -22,10 +22,13 @@ from .diagnostics import Comparison as Comparison
 from .diagnostics import GradientCheck as GradientCheck
 from .diagnostics import GradientError as GradientError
 from .diagnostics import Monitor as Monitor
+from .diagnostics import SpectralRadius as SpectralRadius
 from .diagnostics import check_gradients as check_gradients
 from .diagnostics import compare_solvers as compare_solvers
 from .diagnostics import gradient_error as gradient_error
+from .diagnostics import jacobian_penalty as jacobian_penalty
 from .diagnostics import monitor as monitor
+from .diagnostics import spectral_radius as spectral_radius
 from .linear import CG as CG
 from .linear import GMRES as GMRES
 from .linear import LU as LU
@@ -86,6 +89,7 @@ __all__ = [
     "QR",
     "Shine",
     "Solution",
+    "SpectralRadius",
     "Status",
     "Unroll",
     "WarmStart",
@@ -93,9 +97,11 @@ __all__ = [
     "compare_solvers",
     "fixed_point",
     "gradient_error",
+    "jacobian_penalty",
     "least_squares",
     "minimize",
     "monitor",
     "nn",
     "root",
+    "spectral_radius",
 ]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from .._adjoint import Adjoint
 from .._api import fixed_point, root
 from .._options import refuse_unknown
+from .._problem import Kind
 from .._report import OnFailure, check_on_failure
 from .._solution import PyTree, Solution
 from .._spread import ProcessGroup
@@ -24,6 +25,7 @@ class _Implicit(nn.Module):
     """What the two layers share: options, start, `forward` and `solve`. No state but the cell's own."""
 
     _call: ClassVar[Callable[..., Solution]]
+    _kind: ClassVar[Kind]
 
     def __init__(
         self,
@@ -149,10 +151,12 @@ class FixedPoint(_Implicit):
             of the layer survives; as in `fixed_point`.
     """
 
+    _kind = "fixed_point"
     _call = staticmethod(fixed_point)  # pyright: ignore[reportAssignmentType]
 
 
 class Root(_Implicit):
     """The layer `cell(z, *inputs) = 0`; as `FixedPoint`."""
 
+    _kind = "root"
     _call = staticmethod(root)  # pyright: ignore[reportAssignmentType]
