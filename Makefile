@@ -22,7 +22,7 @@ CHECKED := src tests benchmarks
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help mnist test lint format format-check types test-quick tests bench bench-notebook bench-solvers precision distributed soak mutants evidence hooks clean distclean
+.PHONY: help mnist test lint format format-check types test-quick tests bench bench-notebook bench-solvers precision distributed soak mutants evidence jacobian-penalty hooks clean distclean
 
 help: ## say what there is
 	@echo "usage: make TARGET"
@@ -72,6 +72,10 @@ runs/evidence/%/report.html: | $(VENV)/.train
 	@test -n "$$TORCHIMPLICIT_DATA" || { echo "set TORCHIMPLICIT_DATA to a folder with the four IDX files of MNIST"; exit 1; }
 	$(TRAIN) --layer $(firstword $(subst -, ,$*)) --seed $(lastword $(subst -, ,$*)) --out $(@D) \
 		$(if $(wildcard $(@D)/config.json),--resume)
+
+jacobian-penalty: $(VENV)/.train ## train on the full MNIST with and without the Jacobian penalty (TORCHIMPLICIT_DATA as above)
+	@test -n "$$TORCHIMPLICIT_DATA" || { echo "set TORCHIMPLICIT_DATA to a folder with the four IDX files of MNIST"; exit 1; }
+	$(BIN)/python -m benchmarks.jacobian_penalty
 
 $(VENV)/.bench: pyproject.toml $(VENV)/.torch
 	@echo "installing torchimplicit[train,bench]"

@@ -137,6 +137,13 @@ def train_mnist(
         int | None,
         typer.Option(help="Steps a sample may take.", show_default="the solver's own", rich_help_panel=SOLVER),
     ] = None,
+    jacobian_penalty: Annotated[
+        float,
+        typer.Option(
+            help="Weight in the loss of the layer's squared Jacobian per feature: fewer iterations.",
+            rich_help_panel=OPTIMISATION,
+        ),
+    ] = 0.0,
     data_dir: Annotated[
         Path | None,
         typer.Option(
@@ -198,6 +205,7 @@ def train_mnist(
             lr_schedule=lr_schedule,
             tolerance=tolerance,
             max_steps=max_steps,
+            jacobian_penalty=jacobian_penalty,
             seed=seed,
             device=device,
             threads=threads,

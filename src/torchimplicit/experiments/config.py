@@ -67,7 +67,8 @@ class TrainConfig:
     """Everything that decides a run's numbers; a resumed run must agree with it in every field.
 
     `tolerance` is the notebook's: the Frobenius norm of `f(z) - z` over one batch.
-    `max_steps=None` leaves the limit to the library, `threads=None` to torch.
+    `max_steps=None` leaves the limit to the library, `threads=None` to torch. `jacobian_penalty` is the weight of
+    `ti.jacobian_penalty` in the loss.
     """
 
     layer: str = "picard"
@@ -78,6 +79,7 @@ class TrainConfig:
     lr_schedule: str = "5:0.01"
     tolerance: float = 1e-4
     max_steps: int | None = None
+    jacobian_penalty: float = 0.0
     seed: int = 0
     device: str = "cpu"
     threads: int | None = None
@@ -95,6 +97,12 @@ class TrainConfig:
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise ExperimentError(f"{option(name)}: must be a finite number above 0, not {value}")
+        if not (math.isfinite(self.jacobian_penalty) and self.jacobian_penalty >= 0):
+            raise ExperimentError(
+                f"--jacobian-penalty: must be a finite number of at least 0, not {self.jacobian_penalty}"
+            )
+        if self.jacobian_penalty and self.layer == "explicit":
+            raise ExperimentError("--jacobian-penalty: the explicit twin solves nothing; leave it out")
         if not 0 <= self.seed < 2**31:
             raise ExperimentError(f"--seed: must be between 0 and {2**31 - 1}, not {self.seed}")
 

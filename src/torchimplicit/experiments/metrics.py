@@ -60,6 +60,7 @@ class BatchRecord:
     solves: Solves
     gradient_norm: float | None = None  # None: no backward pass was made
     skipped: str | None = None  # why the optimiser did not see this batch
+    penalty: float | None = None  # before its weight; None: there is none
 
     def line(self) -> dict[str, Any]:
         """The record as JSON values; fractions and means are None where nothing was solved."""
@@ -77,6 +78,7 @@ class BatchRecord:
             "evaluations_forward": solves.evaluations_forward,
             "evaluations_backward": solves.evaluations_backward,
             "gradient_norm": self.gradient_norm,
+            "penalty": self.penalty,
             "skipped": self.skipped,
         }
 

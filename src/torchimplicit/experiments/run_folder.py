@@ -73,7 +73,8 @@ def check_resumable(folder: Path, config: TrainConfig, data_checksum: str) -> No
         raise ExperimentError(f"--resume: no run to go on with in '{folder}'; leave out --resume to start one there")
     began = read_config(folder)
     for name, value in config.as_dict().items():
-        before = began["options"].get(name, getattr(TrainConfig, name))  # an older run has fewer options
+        # A run of a version that did not have the option yet went without.
+        before = began["options"].get(name, getattr(TrainConfig, name))
         if before != value:
             raise ExperimentError(
                 f"{option(name)}: the run in '{folder}' began with {before}, not {value}; "

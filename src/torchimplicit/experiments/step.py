@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 import torchimplicit as ti
 from torchimplicit.experiments.config import PRECISIONS
+from torchimplicit.experiments.errors import ExperimentError
 from torchimplicit.experiments.metrics import BatchRecord, Solves
+from torchimplicit.experiments.recipe import with_penalty
 from torchimplicit.experiments.world import World
 
 OVERFLOW = "the scaled loss left the range of float16"
@@ -26,17 +28,27 @@ class Scheme:
         precision: `"float32"`, or what autocast computes in, `"bf16"` or `"fp16"`.
         scaler: of the loss, for float16, whose range is small.
         world: the processes among which a batch is divided.
+        jacobian_penalty: weight of `ti.jacobian_penalty` in the loss; one process only.
     """
 
     precision: str = "float32"
     scaler: torch.amp.GradScaler | None = None
     world: World = field(default_factory=World)
+    jacobian_penalty: float = 0.0
 
     @staticmethod
-    def of(precision: str, device: str, world: World) -> Scheme:
-        """With a scaler where one is needed."""
+    def of(precision: str, device: str, world: World, jacobian_penalty: float = 0.0) -> Scheme:
+        """With a scaler where one is needed.
+
+        Raises:
+            ExperimentError: a penalty with several processes.
+        """
+        if jacobian_penalty and world.size > 1:
+            raise ExperimentError(
+                "--jacobian-penalty: works with one process only; leave it out, or run without torchrun"
+            )
         scaler = torch.amp.GradScaler(device.partition(":")[0]) if precision == "fp16" else None
-        return Scheme(precision, scaler, world)
+        return Scheme(precision, scaler, world, jacobian_penalty)
 
     def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
         """For the forward pass."""
@@ -75,20 +87,28 @@ def train_batch(
     scheme = scheme or Scheme()
     world = scheme.world
     optimizer.zero_grad(set_to_none=True)
+    penalty = None
     with ti.monitor(model) as log:
         with scheme.autocast(images.device):
-            logits = (replica or model)(images)
+            logits, jacobian = (
+                with_penalty(model, images) if scheme.jacobian_penalty else ((replica or model)(images), None)
+            )
+        logits = logits.float() if logits.dtype.itemsize < 4 else logits
         wrong = int((logits.detach().argmax(dim=1) != labels).sum())
         if world.size == 1:
-            loss = nn.functional.cross_entropy(logits.float(), labels)
+            loss = nn.functional.cross_entropy(logits, labels)
             value, gradient_norm, skipped = loss.item(), None, None
-            if not math.isfinite(value):
+            if jacobian is not None:
+                loss, penalty = loss + scheme.jacobian_penalty * jacobian, jacobian.item()
+            if not math.isfinite(value) or not math.isfinite(penalty or 0.0):
                 skipped = "non-finite loss"
             else:
                 _backward(loss, optimizer, scheme)
                 gradient_norm, skipped = _step(optimizer, scheme)
-            return BatchRecord(epoch, number, len(labels), value, wrong, Solves.of(log), gradient_norm, skipped)
-        loss = nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
+            return BatchRecord(
+                epoch, number, len(labels), value, wrong, Solves.of(log), gradient_norm, skipped, penalty
+            )
+        loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
         # The mean over the processes is taken of their gradients. Whatever the loss is, all take a backward pass.
         _backward(loss * (world.size / (size or len(labels))), optimizer, scheme)
     mean = loss.item() / max(len(labels), 1)

@@ -65,7 +65,7 @@ def train(job: Job, reporter: Reporter) -> tuple[nn.Sequential, list[dict[str, A
         precision=config.precision,
     ).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=config.lr)
-    scheme = Scheme.of(config.precision, config.device, world)
+    scheme = Scheme.of(config.precision, config.device, world, config.jacobian_penalty)
     progress = Progress()
     content = world.from_first(lambda: _begin(job, checksum, reporter))
     if content is not None:
