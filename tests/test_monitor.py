@@ -249,3 +249,56 @@ def test_implicit_layer_inside_the_cell_of_another_is_recorded_at_each_of_its_ca
     # One call of the cell per evaluation, and one more that is recorded for the backward pass; where torch.compile is
     # at hand one to see that the cell is not compiled.
     assert names[:-1] == ["cell.inner"] * (solution.evaluations + 1 + ("torch._dynamo" in sys.modules))
+
+
+def test_scalars_are_the_worst_residual_the_mean_steps_and_the_sums_over_all_calls_of_a_layer() -> None:
+    model = Two()
+    model.late.adjoint = ti.Implicit(rtol=1e-4)
+    with ti.monitor(model) as log:
+        model(torch.randn(2, 3)).sum().backward()
+    first, *late = log.solutions
+    scalars = log.scalars("x/")
+    assert set(scalars) == {
+        f"x/{name}/{kind}{quantity}"
+        for name in ("body.inner.1", "late")
+        for kind in ("", "adjoint_")
+        for quantity in ("residual", "steps", "failures", "evaluations")
+    }
+    assert scalars["x/late/residual"] == max(float(s.residual.max()) for s in late) > 0
+    assert scalars["x/late/steps"] == sum(float(s.steps.sum()) for s in late) / 4 > 0
+    assert scalars["x/late/evaluations"] == sum(s.evaluations for s in late)
+    assert scalars["x/body.inner.1/evaluations"] == first.evaluations
+    residuals = [s.adjoint.residual for s in late]
+    assert scalars["x/late/adjoint_residual"] == max(float(r.max()) for r in residuals if r is not None) > 0
+    assert scalars["x/late/adjoint_evaluations"] == sum(s.adjoint.evaluations or 0 for s in late) > 0
+    assert scalars["x/late/failures"] == scalars["x/late/adjoint_failures"] == 0.0
+
+
+def test_scalars_count_failures_forward_and_backward() -> None:
+    layer = ti.nn.FixedPoint(
+        lambda z, x: 0.9 * z + x,
+        solver=ti.Picard(),
+        adjoint=ti.Implicit(linear_solver=ti.Neumann(max_steps=2)),
+        max_steps=3,
+        on_failure="ignore",
+    )
+    x = torch.ones(4, 3)
+    x[0] = 0.0
+    with ti.monitor(layer) as log:
+        layer(x.requires_grad_()).sum().backward()
+    scalars = log.scalars()
+    assert scalars["implicit/failures"] == 3.0
+    assert scalars["implicit/adjoint_failures"] == 4.0
+    assert scalars["implicit/residual"] == pytest.approx(0.9**3)
+
+
+def test_scalars_leave_out_what_there_is_not() -> None:
+    layer = ti.nn.TanhEquilibrium(3, adjoint=ti.JacobianFree())
+    with ti.monitor(layer) as log, torch.no_grad():
+        layer(torch.ones(2, 3))
+    assert set(log.scalars("")) == {"residual", "steps", "failures", "evaluations"}
+    with ti.monitor(layer) as log:
+        layer(torch.ones(2, 3)).sum().backward()
+    assert set(log.scalars("")) >= {"adjoint_steps", "adjoint_failures"}
+    assert "adjoint_residual" not in log.scalars("")
+    assert ti.Monitor().scalars() == {}

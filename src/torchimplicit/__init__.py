@@ -22,12 +22,14 @@ from .diagnostics import Comparison as Comparison
 from .diagnostics import GradientCheck as GradientCheck
 from .diagnostics import GradientError as GradientError
 from .diagnostics import Monitor as Monitor
+from .diagnostics import PathIndependence as PathIndependence
 from .diagnostics import SpectralRadius as SpectralRadius
 from .diagnostics import check_gradients as check_gradients
 from .diagnostics import compare_solvers as compare_solvers
 from .diagnostics import gradient_error as gradient_error
 from .diagnostics import jacobian_penalty as jacobian_penalty
 from .diagnostics import monitor as monitor
+from .diagnostics import path_independence as path_independence
 from .diagnostics import spectral_radius as spectral_radius
 from .linear import CG as CG
 from .linear import GMRES as GMRES
@@ -84,6 +86,7 @@ __all__ = [
     "Newton",
     "NewtonCG",
     "NewtonKrylov",
+    "PathIndependence",
     "PhantomGradient",
     "Picard",
     "QR",
@@ -102,6 +105,7 @@ __all__ = [
     "minimize",
     "monitor",
     "nn",
+    "path_independence",
     "root",
     "spectral_radius",
 ]

@@ -28,6 +28,7 @@ from ._equation import Equation
 from ._isolate import Donors, evaluate_without, inert, shield, start_of_graph
 from ._precision import overflowed
 from ._problem import Problem
+from ._profile import span
 from ._report import OnFailure, report_failures, undetected
 from ._rules import gradients, solve_linear
 from ._solution import AdjointReport
@@ -108,7 +109,8 @@ class Backward:
         if self.dead is not None:
             v = torch.where(self.dead[:, None], 0.0, v)
         kind = v.device.type
-        with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
+        exact = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+        with span(self.problem.label, "adjoint solve"), exact:
             found = solve_adjoint(self.adjoint, self.operator.mT, v, self.inverse)
         status = found.status if self.dead is None else torch.where(self.dead, self.status, found.status)
         layout = self.problem.layout

@@ -15,6 +15,7 @@ from ._attach import attach
 from ._layout import Layout
 from ._objective import Gradient
 from ._problem import Kind, Problem
+from ._profile import span
 from ._progress import Progress
 from ._report import OnFailure, call_site, check_on_failure, report_failures, undetected
 from ._shapes import shapes_only
@@ -50,8 +51,9 @@ def _run(
     trace: bool,
     verbose: bool,
     process_group: ProcessGroup | None = None,
+    label: str | None = None,
 ) -> Solution:
-    """Solve."""
+    """Solve; the label is the layer's, for profilers."""
     solver = Auto() if solver is None else solver
     adjoint = Implicit() if adjoint is None else adjoint
     _check_call(fn, solver, adjoint, max_steps, on_failure)
@@ -64,6 +66,7 @@ def _run(
     if layout.device.type == "meta":
         return shapes_only(kind, fn, z0, args, layout)
     problem = Problem(kind, fn, args, layout)
+    problem.label = label or kind
     with torch.no_grad(), problem.exact():
         start = layout.pack([leaf.detach() for leaf in leaves]).clone()  # nothing may write into the caller's z0
         transformed = needs_rules(problem, start)
@@ -79,7 +82,7 @@ def _run(
         return replace(solution, value=layout.unpack(unrolled(problem, solver, unroll, start, z, status, steps)))
     if implicit.needs_inverse and torch.is_grad_enabled():
         problem.keep_inverse()
-    with torch.no_grad(), problem.exact(), undetected():
+    with span(problem.label, "forward solve"), torch.no_grad(), problem.exact(), undetected():
         outcome = solve(problem, solver, start, max_steps, trace, Progress(kind) if verbose else None)
     evaluations = problem.evaluations
     report = AdjointReport()

@@ -15,6 +15,7 @@ from ._isolate import Donors, choices, same
 from ._layout import Layout
 from ._objective import Gradient
 from ._problem import Problem
+from ._profile import span
 from ._report import OnFailure, report_failures
 from ._solution import AdjointReport, Status
 from ._stages import solve
@@ -104,7 +105,7 @@ class Equation:
         if self.method is None:
             raise AssertionError("the solution of this equation is known")
         problem = self._plain(system, z0, tensors)
-        with untraced(), torch.no_grad(), problem.exact():
+        with span(self.problem.label, "forward solve"), untraced(), torch.no_grad(), problem.exact():
             if self.adjoint.needs_inverse:
                 problem.keep_inverse()
             outcome = solve(problem, self.method, z0.detach().clone(), self.max_steps, self.keep_trace)
@@ -199,7 +200,8 @@ class Equation:
         dead = self.adjoint.without_gradient(status)
         before = self.problem.evaluations
         tensors = [t.detach() for t in tensors]
-        with torch.no_grad(), self.problem.exact():
+        phase = "adjoint solve" if transposed else "tangent solve"
+        with span(self.problem.label, phase), torch.no_grad(), self.problem.exact():
             record = AutogradJacobian.at(lambda z: system.value(z, tensors), z, self.problem.count)
             operator = self.problem.operator(record)
             v = torch.where(dead[:, None], 0.0, v)

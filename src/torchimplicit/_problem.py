@@ -114,7 +114,10 @@ class Problem:
         narrow: whether float16 takes part in them.
         has_closed_form: whether fn supplies its Jacobian itself; False once it was seen to draw or change anything.
         keeps_inverse: whether the solver is asked what it knows of `A⁻¹` when it is done.
+        label: what a profiler calls it.
     """
+
+    label: str = "equation"
 
     def __init__(self, kind: Kind, fn: Any, args: tuple[Any, ...], layout: Layout) -> None:
         self.kind: Kind = kind

@@ -83,9 +83,9 @@ def spectral_radius(
     """
     fn = map_of("spectral_radius", layer)
     _check(rtol, basis, max_products)
-    if batch_dims is None:
-        batch_dims = layer._batch_dims(*inputs) if is_implicit(layer) else 0  # pyright: ignore
-    layout = Layout.of(z, batch_dims)
+    owner: Any = layer
+    dims = batch_dims if batch_dims is not None else owner._batch_dims(*inputs) if is_implicit(layer) else 0
+    layout = Layout.of(z, dims)
     problem = Problem("fixed_point", fn, inputs, layout)
     with torch.no_grad(), problem.exact():
         state = layout.pack([leaf.detach() for leaf in pytree.tree_leaves(z)])

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from .._solution import PyTree, Solution
 from ..solvers import Auto, Method
+from ._map import is_implicit
 from ._monitor import monitor
 
 
@@ -75,7 +76,7 @@ class Subject:
         if not callable(fn):
             raise TypeError(f"{caller}: layer must be an nn.Module or a function, but is {type(fn).__name__}.")
         modules = list(fn.modules()) if isinstance(fn, nn.Module) else []
-        layers = [m for m in modules if {"solver", "adjoint"} <= vars(m).keys()]
+        layers = [m for m in modules if is_implicit(m)]
         parameters = dict(fn.named_parameters()) if isinstance(fn, nn.Module) else {}
         leaves: dict[str, Tensor] = {name: p for name, p in parameters.items() if p.requires_grad}
         with untouched(fn, inputs):
@@ -147,7 +148,7 @@ class Subject:
 
     def with_options(self, **options: Any) -> AbstractContextManager[None]:
         """Other options on the implicit layers, inside the block; a layer without such an option goes without."""
-        return _exchanged([(m, name, value) for m in self.layers for name, value in options.items() if name in vars(m)])
+        return exchanged([(m, name, value) for m in self.layers for name, value in options.items() if name in vars(m)])
 
     def with_tolerance(self, rtol: float) -> AbstractContextManager[None]:
         """The layers' own solvers at another tolerance, with as many steps as they take by default."""
@@ -157,7 +158,7 @@ class Subject:
             if isinstance(solver, Method):
                 changes.append((layer, "solver", replace(solver, rtol=rtol, atol=None)))
                 changes += [(layer, "max_steps", None)] if "max_steps" in vars(layer) else []
-        return _exchanged(changes)
+        return exchanged(changes)
 
 
 @contextmanager
@@ -223,7 +224,7 @@ def check_seed(caller: str, seed: Any) -> None:
 
 
 @contextmanager
-def _exchanged(changes: Sequence[tuple[nn.Module, str, Any]]) -> Iterator[None]:
+def exchanged(changes: Sequence[tuple[nn.Module, str, Any]]) -> Iterator[None]:
     """Other values for attributes of modules, inside the block."""
     before = [(module, name, vars(module)[name]) for module, name, _ in changes]
     try:

@@ -14,9 +14,9 @@ from .._report import OnFailure
 from .._solution import PyTree
 from ..solvers import Method
 from ._layer import FixedPoint
-from ._previous import Previous
+from ._memory import Memory
 
-_OPTIONS = ("solver", "adjoint", "max_steps", "on_failure", "init", "device", "dtype")
+_OPTIONS = ("solver", "adjoint", "max_steps", "on_failure", "init", "depth", "device", "dtype")
 
 
 @dataclass(frozen=True)
@@ -151,6 +151,7 @@ class TanhEquilibrium(FixedPoint):
         max_steps: None is the solver's default.
         on_failure: `"warn"`, `"raise"` or `"ignore"`.
         init: as in `FixedPoint`; None starts from zero.
+        depth: as in `FixedPoint`.
         device: of W.
         dtype: of W.
     """
@@ -165,7 +166,8 @@ class TanhEquilibrium(FixedPoint):
         adjoint: Adjoint | None = None,
         max_steps: int | None = None,
         on_failure: OnFailure = "warn",
-        init: Callable[..., PyTree] | Previous | None = None,
+        init: Callable[..., PyTree] | Memory | None = None,
+        depth: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **unknown: Never,
@@ -180,6 +182,7 @@ class TanhEquilibrium(FixedPoint):
             max_steps=max_steps,
             on_failure=on_failure,
             init=init,
+            depth=depth,
         )
 
     def _batch_dims(self, *inputs: Tensor) -> int:

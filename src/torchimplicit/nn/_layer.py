@@ -7,24 +7,24 @@ import torch
 from torch import Tensor, nn
 
 from .._adjoint import Adjoint
-from .._api import fixed_point, root
+from .._call import run
 from .._options import refuse_unknown
 from .._problem import Kind
 from .._report import OnFailure, check_on_failure
 from .._solution import PyTree, Solution
 from .._spread import ProcessGroup
-from ..diagnostics import record
+from ..diagnostics import name_of, record
 from ..solvers import Method
-from ._previous import Previous
+from ._depth import take_steps
+from ._memory import Memory
 from ._quantised import couples_samples
 
-_OPTIONS = ("solver", "adjoint", "batch_dims", "max_steps", "on_failure", "init", "process_group")
+_OPTIONS = ("solver", "adjoint", "batch_dims", "max_steps", "on_failure", "init", "depth", "process_group")
 
 
 class _Implicit(nn.Module):
     """What the two layers share: options, start, `forward` and `solve`. No state but the cell's own."""
 
-    _call: ClassVar[Callable[..., Solution]]
     _kind: ClassVar[Kind]
 
     def __init__(
@@ -36,7 +36,8 @@ class _Implicit(nn.Module):
         batch_dims: int = 1,
         max_steps: int | None = None,
         on_failure: OnFailure = "warn",
-        init: Callable[..., PyTree] | Previous | None = None,
+        init: Callable[..., PyTree] | Memory | None = None,
+        depth: int | None = None,
         process_group: ProcessGroup | None = None,
         **unknown: Never,
     ) -> None:
@@ -45,7 +46,7 @@ class _Implicit(nn.Module):
         check_on_failure(on_failure)
         if not callable(cell):
             raise TypeError(f"cell must be callable, but is {type(cell).__name__}; give an nn.Module or a function.")
-        if init is not None and not callable(init) and not isinstance(init, Previous):
+        if init is not None and not callable(init) and not isinstance(init, Memory):
             raise TypeError(
                 f"init={init!r} is not callable; give a function or nn.Module of the inputs, "
                 "torchimplicit.nn.Previous(), or None."
@@ -63,42 +64,87 @@ class _Implicit(nn.Module):
         self.max_steps = max_steps
         self.on_failure: OnFailure = on_failure
         self.process_group = process_group
+        self.depth = depth
+
+    @property
+    def depth(self) -> int | None:
+        """None to solve; k to take k plain steps from the start and differentiate these, as a weight-tied network does.
+
+        A switch for the beginning of training, when the equilibrium of random weights teaches little (Bai, Kolter &
+        Koltun 2019, §4): set it back to None after some epochs. `solver` and `adjoint` are not used meanwhile, but for
+        the tolerance by which `Solution.converged` says which samples have arrived. There is no `init=Previous()` then.
+        """
+        return self._depth
+
+    @depth.setter
+    def depth(self, depth: int | None) -> None:
+        if depth is not None and (isinstance(depth, bool) or not isinstance(depth, int) or depth < 1):
+            raise ValueError(f"depth={depth!r} is not valid; give an integer >= 1, or None to solve.")
+        self._depth = depth
 
     def forward(self, *inputs: PyTree) -> PyTree:
         """The solution z for these inputs: `solve(*inputs).value`."""
         return self.solve(*inputs).value
 
-    def solve(self, *inputs: PyTree, trace: bool = False) -> Solution:
-        """The solution for these inputs with its evidence, a `Solution`."""
-        start, solver = self._start(*inputs), self.solver
-        if isinstance(self.init, Previous):
-            start, solver = self.init.begin(start, solver)
-        solution = type(self)._call(
-            self.cell,
-            start,
-            *inputs,
-            solver=solver,
-            adjoint=self.adjoint,
-            batch_dims=0 if couples_samples(self.cell) else self._batch_dims(*inputs),
-            max_steps=self.max_steps,
-            on_failure=self.on_failure,
-            trace=trace,
-            process_group=self.process_group,
-        )
-        if isinstance(self.init, Previous):
-            self.init.keep(solution)
+    def solve(self, *inputs: PyTree, trace: bool = False, start: PyTree | None = None) -> Solution:
+        """The solution for these inputs with its evidence, a `Solution`.
+
+        Args:
+            inputs: as of `forward`.
+            trace: keep the residual norms of every step.
+            start: where to begin; None is where `init` says.
+        """
+        memory = self.init if start is None and self.depth is None and isinstance(self.init, Memory) else None
+        z0, solver = self._start(*inputs) if start is None else start, self.solver
+        batch_dims = 0 if couples_samples(self.cell) else self._batch_dims(*inputs)
+        label = name_of(self)
+        if self.depth is not None:
+            if trace:
+                raise ValueError(f"trace=True has nothing to show of depth={self.depth} steps; set layer.depth = None.")
+            solution = take_steps(
+                self._kind,
+                self.cell,
+                z0,
+                inputs,
+                depth=self.depth,
+                solver=solver,
+                batch_dims=batch_dims,
+                on_failure=self.on_failure,
+                label=label,
+            )
+        else:
+            if memory is not None:
+                z0, solver = memory.begin(z0, solver)
+            solution = run(
+                self._kind,
+                self.cell,
+                z0,
+                inputs,
+                solver=solver,
+                adjoint=self.adjoint,
+                batch_dims=batch_dims,
+                max_steps=self.max_steps,
+                on_failure=self.on_failure,
+                trace=trace,
+                verbose=False,
+                process_group=self.process_group,
+                label=label,
+            )
+            if memory is not None:
+                memory.keep(solution)
         record(self, solution)
         return solution
 
     def extra_repr(self) -> str:
         """The options."""
-        return f"solver={self.solver}, adjoint={self.adjoint}, batch_dims={self.batch_dims}"
+        depth = "" if self.depth is None else f", depth={self.depth}"
+        return f"solver={self.solver}, adjoint={self.adjoint}, batch_dims={self.batch_dims}{depth}"
 
     def _batch_dims(self, *inputs: PyTree) -> int:
         return self.batch_dims
 
     def _start(self, *inputs: PyTree) -> PyTree:
-        if self.init is not None and not isinstance(self.init, Previous):
+        if self.init is not None and not isinstance(self.init, Memory):
             return self.init(*inputs)
         if not inputs or not isinstance(inputs[0], Tensor):
             raise TypeError(
@@ -146,17 +192,16 @@ class FixedPoint(_Implicit):
         max_steps: None is the solver's default.
         on_failure: `"warn"`, `"raise"` or `"ignore"`.
         init: gives the start from the inputs, a callable or a Module; None starts from zeros like the first input. Or
-            `Previous()`, to start from the last solution.
+            `Previous()`, to start from the last solution, or `BySample(n)`, from that of the epoch before.
+        depth: None solves; a number takes that many plain steps instead, see the attribute.
         process_group: for a cell that communicates with other processes: these, or `"world"`, which a copy or pickle
             of the layer survives; as in `fixed_point`.
     """
 
     _kind = "fixed_point"
-    _call = staticmethod(fixed_point)  # pyright: ignore[reportAssignmentType]
 
 
 class Root(_Implicit):
     """The layer `cell(z, *inputs) = 0`; as `FixedPoint`."""
 
     _kind = "root"
-    _call = staticmethod(root)  # pyright: ignore[reportAssignmentType]

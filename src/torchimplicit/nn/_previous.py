@@ -8,13 +8,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
-from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 from .._problem import Evaluation, Problem
 from .._solution import PyTree, Solution, Status
-from .._system import transformed
 from ..solvers import Auto, Method, Solver, Stage, Step
+from ._memory import Memory, alike, choose, is_transformed
 
 _DENSE = 256
 """Unknowns up to which the inverse of a Jacobian is kept."""
@@ -22,7 +21,7 @@ _BYTES = 2**30
 """Size up to which those of a batch are."""
 
 
-class Previous:
+class Previous(Memory):
     """A memory for `init=`: each solve of the layer starts from the solution of the one before.
 
     Of use where inputs vary slowly and the same samples come again in the same places: frames of a video, steps of a
@@ -70,11 +69,11 @@ class Previous:
         return self._begin(start, solver)
 
     def _begin(self, start: PyTree, solver: Method | None) -> tuple[PyTree, Method | None]:
-        if self._value is None or _is_transformed() or not _alike(self._value, start):
+        if self._value is None or is_transformed() or not alike(self._value, start):
             return start, solver
         value = self._value
         if self._failed is not None:
-            value = pytree.tree_map(partial(_choose, self._failed), start, value)
+            value = pytree.tree_map(partial(choose, self._failed), start, value)
         if not self.corrections:
             return value, solver
         solver = Auto() if solver is None else solver
@@ -95,7 +94,7 @@ class Previous:
             self._keep(solution)
 
     def _keep(self, solution: Solution) -> None:
-        if _is_transformed() or solution.status.is_meta:
+        if is_transformed() or solution.status.is_meta:
             return
         failed = solution.status != int(Status.CONVERGED)
         self._failed = failed if bool(failed.any()) else None
@@ -177,22 +176,3 @@ class _Correction(Solver[_Kept]):
         # As a row times a matrix, which takes half the time of a matrix times a column.
         z = torch.baddbmm(z[:, None], evaluation.residual[:, None], state.inverse.mT)[:, 0]
         return Step(z, problem.evaluate(z), state)
-
-
-def _is_transformed() -> bool:
-    """Whether tensors may be wrapped, which must not outlive the transform."""
-    return transformed() or forward_ad._current_level >= 0
-
-
-def _choose(samples: Tensor, one: Tensor, other: Tensor) -> Tensor:
-    """`one` for some samples, a bool tensor of the batch shape, and `other` for the rest."""
-    return torch.where(samples.reshape(*samples.shape, *[1] * (one.ndim - samples.ndim)), one, other)
-
-
-def _alike(one: PyTree, other: PyTree) -> bool:
-    """Whether two states have the same structure, shapes, dtypes and devices."""
-    (mine, my_spec), (others, other_spec) = pytree.tree_flatten(one), pytree.tree_flatten(other)
-    return my_spec == other_spec and all(
-        isinstance(b, Tensor) and a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
-        for a, b in zip(mine, others, strict=True)
-    )
