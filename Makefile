@@ -18,7 +18,7 @@ BENCH_ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt $(PIP_ARGS)
 TRAIN := $(BIN)/torchimplicit train mnist --threads $(THREADS)
-CHECKED := src tests benchmarks
+CHECKED := src tests benchmarks examples
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
