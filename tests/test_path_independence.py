@@ -97,6 +97,19 @@ def test_random_starts_in_training_make_a_layer_independent_of_its_start() -> No
     assert plain_loss < 0.02 and random_loss < 0.02
 
 
+def test_memories_and_random_numbers_stay_as_they_were() -> None:
+    memory = ti.nn.Previous()
+    layer, x = ti.nn.TanhEquilibrium(3, init=memory), torch.randn(4, 3)
+    layer(x)
+    kept, before = memory._value, torch.get_rng_state()
+    found = ti.path_independence(layer, 2 * x)
+    assert memory._value is kept
+    assert found.score > 0.999
+    layer.init = ti.nn.RandomStart()
+    ti.path_independence(layer, x)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_fewer_than_two_samples_and_no_layers_are_refused() -> None:
     layer = ti.nn.TanhEquilibrium(3)
     with pytest.raises(ValueError, match="a batch of 1"):

@@ -153,13 +153,26 @@ def test_complex_states_have_the_eigenvalues_of_the_complex_matrix() -> None:
     torch.testing.assert_close(found.value[0], torch.linalg.eigvals(A).abs().max(), rtol=1e-8, atol=0)
 
 
+class Stateful(nn.Module):
+    """With dropout and batch norm in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        return 0.3 * torch.tanh(nn.functional.dropout(self.linear(z), 0.5) + self.norm(x))
+
+
 def test_nothing_is_left_behind() -> None:
-    """No gradient of a parameter, no random number drawn, no graph on the result."""
-    layer, x = ti.nn.FixedPoint(nn.Bilinear(4, 4, 4)), 0.1 * torch.randn(2, 4)
+    """No gradient of a parameter, no random number drawn, no statistics changed, no graph on the result."""
+    layer, x = ti.nn.FixedPoint(Stateful(), batch_dims=0), torch.randn(6, 4)
     z = layer(x)
-    before = torch.get_rng_state()
+    before, mean = torch.get_rng_state(), layer.cell.norm.running_mean.clone()
     found = ti.spectral_radius(layer, z, x)
+    assert 0 < found.value < 0.5 and found.converged
     assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(layer.cell.norm.running_mean, mean) and layer.cell.norm.num_batches_tracked == 1
     assert not found.value.requires_grad
     assert all(p.grad is None for p in layer.parameters())
 

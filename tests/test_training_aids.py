@@ -225,6 +225,12 @@ def test_samples_not_seen_yet_and_failed_ones_begin_at_the_layers_own_start() ->
         found = layer.solve(data[[2, 5, 1, 0]])
     assert (found.steps == 0).tolist() == [True, False, False, True]
     assert found.converged.all()
+    layer.max_steps = 2
+    with memory.of(torch.tensor([6, 0])):
+        layer(data[[6, 0]])
+        start, _ = memory.begin(torch.full((2, N), 7.0, dtype=torch.float64), None)
+    assert start[0].tolist() == [7.0] * N  # it had run out of steps
+    assert (start[1] - found.value[3]).abs().max() < 1e-9
 
 
 def test_calls_outside_the_block_neither_use_nor_change_it() -> None:

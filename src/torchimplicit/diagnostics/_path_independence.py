@@ -9,7 +9,7 @@ from torch.utils import _pytree as pytree
 
 from .._layout import Layout
 from ._map import is_implicit
-from ._subject import exchanged
+from ._subject import exchanged, untouched
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,12 @@ class PathIndependence:
         return float(self.cosine.mean())
 
 
-@torch.no_grad()
 def path_independence(layer: nn.Module, *inputs: Any) -> PathIndependence:
     """Solve from the layer's own start, and again from the solution of another sample, and compare the two.
 
     (Anil et al. 2022, "Path Independent Equilibrium Models Can Better Exploit Test-Time Computation": models whose
     asymptotic alignment score is near 1 go on to improve with more iterations on harder samples than they were trained
-    on. `nn.RandomStart` makes them so.)
+    on. `nn.RandomStart` makes them so.) Buffers, memories and random numbers stay as they were.
 
     >>> import torch, torchimplicit as ti
     >>> bistable = ti.nn.FixedPoint(lambda z, x: torch.tanh(3 * z) + 0 * x, init=lambda x: x, solver=ti.Picard())
@@ -57,8 +56,8 @@ def path_independence(layer: nn.Module, *inputs: Any) -> PathIndependence:
     if not is_implicit(layer):
         raise TypeError(f"path_independence: layer must be an implicit layer, but is {type(layer).__name__}.")
     solver: Any = layer
-    with exchanged([(layer, "on_failure", "ignore")]):
-        first = solver.solve(*inputs)
+    with exchanged([(layer, "on_failure", "ignore")]), untouched(layer, inputs), torch.no_grad():
+        first = solver.solve(*inputs, start=solver._start(*inputs))  # past a memory, which is not to see this
         layout = Layout.of(first.value, first.status.ndim)
         one = layout.pack(pytree.tree_leaves(first.value))
         if len(one) < 2:
@@ -66,7 +65,7 @@ def path_independence(layer: nn.Module, *inputs: Any) -> PathIndependence:
                 f"path_independence: a batch of {len(one)} has no other sample to begin at; give two or more."
             )
         second = solver.solve(*inputs, start=layout.unpack(one.roll(1, 0)))
-    other = layout.pack(pytree.tree_leaves(second.value))
+        other = layout.pack(pytree.tree_leaves(second.value))
     one, other = one.double(), other.double()
     a, b = torch.linalg.vector_norm(one, dim=1), torch.linalg.vector_norm(other, dim=1)
     zero = a * b == 0

@@ -14,6 +14,7 @@ from .._problem import Problem
 from .._solution import PyTree
 from ._arnoldi import dominant_eigenvalue
 from ._map import is_implicit, map_of
+from ._subject import untouched
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def spectral_radius(
         max_products: a sample that has not converged by then is reported so.
 
     Returns:
-        A `SpectralRadius`. It has no gradient; `jacobian_penalty` has.
+        A `SpectralRadius`. It has no gradient; `jacobian_penalty` has. Buffers and random numbers stay as they were.
 
     Raises:
         TypeError: a layer that is no fixed-point layer; `f` returns another structure or dtype.
@@ -87,7 +88,7 @@ def spectral_radius(
     dims = batch_dims if batch_dims is not None else owner._batch_dims(*inputs) if is_implicit(layer) else 0
     layout = Layout.of(z, dims)
     problem = Problem("fixed_point", fn, inputs, layout)
-    with torch.no_grad(), problem.exact():
+    with untouched(layer, (z, inputs)), torch.no_grad(), problem.exact():
         state = layout.pack([leaf.detach() for leaf in pytree.tree_leaves(z)])
         value = problem.output(state)
         jacobian = problem.linearize(state, value).jacobian

@@ -51,9 +51,9 @@ class _Implicit(nn.Module):
                 f"init={init!r} is not callable; give a function or nn.Module of the inputs, "
                 "torchimplicit.nn.Previous(), or None."
             )
-        if process_group is not None and isinstance(init, Previous):
+        if process_group is not None and isinstance(init, Memory):
             raise ValueError(
-                "init=Previous() starts each process from its own last solution, which process_group= cannot allow; "
+                f"init={type(init).__name__}(...) starts each process from its own last solution, which process_group= cannot allow; "
                 "give one of the two."
             )
         self.cell = cell

@@ -16,8 +16,8 @@ class ToleranceSchedule:
 
     Solvers are frozen, so a layer is given others: `layer.solver = dataclasses.replace(layer.solver, rtol=…)`, which is
     what this does, once at the beginning and at each `step()`. After `steps` of them, and inside `final()`, each layer
-    has the very solver that it came with. A layer's tolerance is never made tighter than its own, and its `atol` is
-    kept.
+    has the very solver that it came with. Meanwhile no layer is given an rtol tighter than one it has, and its `atol`
+    is kept.
 
     >>> import torch, torchimplicit as ti
     >>> layer = ti.nn.TanhEquilibrium(8, solver=ti.Anderson(rtol=1e-5))
