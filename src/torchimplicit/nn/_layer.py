@@ -53,8 +53,8 @@ class _Implicit(nn.Module):
             )
         if process_group is not None and isinstance(init, Memory):
             raise ValueError(
-                f"init={type(init).__name__}(...) starts each process from its own last solution, which process_group= cannot allow; "
-                "give one of the two."
+                f"init={type(init).__name__}(...) starts each process from its own last solution, which process_group= "
+                "cannot allow; give one of the two."
             )
         self.cell = cell
         self.init = init
