@@ -30,7 +30,7 @@ FLOORS = [
     "_iterate",
     "_stages _rules",
     "_equation",
-    "_attach _transformed _unroll",
+    "_attach _transformed _unroll _traced",
     "_call",
     "_api",
     "diagnostics",

@@ -23,18 +23,63 @@ from ._solution import AdjointReport, PyTree, Solution, Status
 from ._spread import ProcessGroup, SpreadLayout, resolve_group
 from ._stages import solve
 from ._system import transformed as is_transformed
+from ._traced import reason_against, run_traced
 from ._transformed import needs_rules, run_transformed
 from ._unroll import Unroll, unrolled
 from .solvers import Auto, Method
 
+_SOLVER, _ADJOINT = Auto(), Implicit()  # what None stands for
 
-def run(*args: Any, **options: Any) -> Solution:
-    """Solve; the arguments are those of the public calls. `torch.compile` leaves the whole of it alone.
 
-    To be traced it is neither made nor worth it: what costs time in it are the user's function and matrix products,
-    and the loop depends on values. The function may be compiled by itself.
+def run(
+    kind: Kind,
+    fn: Callable[..., PyTree],
+    z0: PyTree,
+    args: tuple[Any, ...],
+    *,
+    solver: Method | None,
+    adjoint: Adjoint | None,
+    batch_dims: int,
+    max_steps: int | None,
+    on_failure: OnFailure,
+    trace: bool,
+    verbose: bool,
+    process_group: ProcessGroup | None = None,
+    label: str | None = None,
+) -> Solution:
+    """Solve; the arguments are those of the public calls.
+
+    Where `torch.compile` finds a solve without gradients that can be a part of its graph, it is made one (see
+    `_traced`); any other solve is a break in the graph: what costs time in it are the user's function and matrix
+    products, and the loop depends on values. `torch.export` knows no breaks.
     """
-    return (_run_uncompiled if "torch._dynamo" in sys.modules else _run)(*args, **options)
+    exporting = torch.compiler.is_exporting()
+    if exporting or (torch.compiler.is_compiling() and not torch.is_grad_enabled()):
+        _check_call(
+            fn, _SOLVER if solver is None else solver, _ADJOINT if adjoint is None else adjoint, max_steps, on_failure
+        )
+        reason = reason_against(kind, fn, z0, solver, on_failure, trace, verbose)
+        if process_group is not None:
+            reason = "process_group= exchanges states between processes"
+        if reason is None:
+            return run_traced(kind, fn, z0, args, solver, batch_dims, max_steps)
+        if exporting:
+            raise RuntimeError(f"{kind}: what torch.export takes must be one graph, but {reason}.")
+    return (_run_uncompiled if "torch._dynamo" in sys.modules else _run)(
+        kind,
+        fn,
+        z0,
+        args,
+        solver=solver,
+        adjoint=adjoint,
+        batch_dims=batch_dims,
+        max_steps=max_steps,
+        on_failure=on_failure,
+        trace=trace,
+        verbose=verbose,
+        process_group=process_group,
+        label=label,
+    )
 
 
 def _run(
@@ -54,8 +99,8 @@ def _run(
     label: str | None = None,
 ) -> Solution:
     """Solve; the label is the layer's, for profilers."""
-    solver = Auto() if solver is None else solver
-    adjoint = Implicit() if adjoint is None else adjoint
+    solver = _SOLVER if solver is None else solver
+    adjoint = _ADJOINT if adjoint is None else adjoint
     _check_call(fn, solver, adjoint, max_steps, on_failure)
     layout = Layout.of(z0, batch_dims)
     if process_group is not None:

@@ -1,7 +1,7 @@
 """Pytrees of tensors to and from one real matrix `(B, n)`: the only shape that solvers see."""
 
 from dataclasses import dataclass
-from functools import cached_property, reduce
+from functools import reduce
 from math import prod
 from typing import Any, ClassVar
 
@@ -27,6 +27,7 @@ class Layout:
         dtypes: dtype of each leaf.
         batch_shape: the leading dims that index independent problems.
         sizes: real columns of each leaf.
+        matrix_shape: `(B, n)`: the number of independent problems, and the real unknowns of one.
         dtype: dtype of the matrix.
         device: device of the matrix.
         simple: one real leaf of the matrix's own dtype, so that packing is a view.
@@ -39,6 +40,7 @@ class Layout:
     dtypes: tuple[torch.dtype, ...]
     batch_shape: torch.Size
     sizes: tuple[int, ...]
+    matrix_shape: tuple[int, int]
     dtype: torch.dtype
     device: torch.device
     simple: bool
@@ -47,11 +49,6 @@ class Layout:
 
     shared: ClassVar[bool] = False
     """Whether other processes hold parts of the state (see `_spread`)."""
-
-    @cached_property
-    def matrix_shape(self) -> tuple[int, int]:
-        """`(B, n)`: the number of independent problems, and the real unknowns of one."""
-        return prod(self.batch_shape), sum(self.sizes)
 
     @staticmethod
     def of(z: PyTree, batch_dims: int) -> "Layout":
@@ -63,7 +60,7 @@ class Layout:
         """
         leaves, spec = pytree.tree_flatten(z)
         _check_leaves(leaves, batch_dims)
-        real = [leaf.dtype.to_real() for leaf in leaves]
+        real = [leaf.dtype.to_real() if leaf.is_complex() else leaf.dtype for leaf in leaves]
         dtype = reduce(torch.promote_types, real, torch.float32)
         batch = leaves[0].shape[:batch_dims]
         sizes = tuple(prod(t.shape[batch_dims:]) * (2 if t.is_complex() else 1) for t in leaves)
@@ -74,6 +71,7 @@ class Layout:
             dtypes=tuple(t.dtype for t in leaves),
             batch_shape=batch,
             sizes=sizes,
+            matrix_shape=(prod(batch), sum(sizes)),
             dtype=dtype,
             device=leaves[0].device,
             simple=simple,
@@ -86,8 +84,8 @@ class Layout:
         dims = len(self.batch_shape)
         shapes = tuple(torch.Size((count, *shape[dims:])) for shape in self.shapes)
         part = object.__new__(Layout)  # `replace` takes as long as a cheap cell
-        part.__dict__.update(self.__dict__, shapes=shapes, batch_shape=torch.Size((count,)))
-        part.__dict__.pop("matrix_shape", None)
+        matrix_shape = count, self.matrix_shape[1]
+        part.__dict__.update(self.__dict__, shapes=shapes, batch_shape=torch.Size((count,)), matrix_shape=matrix_shape)
         return part
 
     def pack(self, leaves: list[Tensor]) -> Tensor:
@@ -171,10 +169,12 @@ _FORMATS = {4: (torch.channels_last, (0, 2, 3, 1)), 5: (torch.channels_last_3d, 
 
 def _order(leaf: Tensor) -> tuple[int, ...] | None:
     """How the dims of a tensor in `channels_last` lie in memory; None for any other."""
-    if leaf.ndim not in _FORMATS or torch._C._functorch.is_functorch_wrapped_tensor(leaf):  # pyright: ignore[reportAttributeAccessIssue]
+    if leaf.ndim not in _FORMATS or leaf.is_contiguous() or torch.compiler.is_compiling():
+        return None
+    if torch._C._functorch.is_functorch_wrapped_tensor(leaf):  # pyright: ignore[reportAttributeAccessIssue]
         return None
     memory_format, order = _FORMATS[leaf.ndim]
-    return order if leaf.is_contiguous(memory_format=memory_format) and not leaf.is_contiguous() else None
+    return order if leaf.is_contiguous(memory_format=memory_format) else None
 
 
 def _check_leaves(leaves: list[Any], batch_dims: int) -> None:
