@@ -20,7 +20,7 @@ PACKAGE = ROOT / "src" / "torchimplicit"
 
 # A room of the package may import from the rooms in the lines above its own, and from nowhere else in the package.
 FLOORS = [
-    "_norms _options _solution _closure _tape _purity _precision _refinement _profile",
+    "_norms _options _solution _closure _tape _purity _precision _refinement _profile _eagerly",
     "_layout _report linear _progress",
     "_objective _shapes _spread",
     "_problem",

@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 
 from ._adjoint import LinearAdjoint, solve_adjoint
 from ._books import Outcome
+from ._eagerly import eagerly
 from ._equation import Equation
 from ._isolate import Donors, evaluate_without, inert, shield, start_of_graph
 from ._precision import overflowed
@@ -163,6 +164,7 @@ class _Attach(torch.autograd.Function):
         return out
 
     @staticmethod
+    @eagerly  # `backward()` may be called in the midst of a function that is compiled
     def backward(ctx: Any, *grads: Tensor) -> Any:
         with undetected():
             return _Attach._gradients(ctx, *grads)

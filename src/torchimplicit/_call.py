@@ -1,17 +1,16 @@
 """One call, whatever it solves: read and check the arguments, solve, attach the gradient, make the `Solution`."""
 
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch._compile import _disable_dynamo
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 from ._adjoint import Adjoint, Implicit, LinearAdjoint
 from ._attach import attach
+from ._eagerly import eagerly
 from ._layout import Layout
 from ._objective import Gradient
 from ._problem import Kind, Problem
@@ -65,7 +64,7 @@ def run(
             return run_traced(kind, fn, z0, args, solver, batch_dims, max_steps)
         if exporting:
             raise RuntimeError(f"{kind}: what torch.export takes must be one graph, but {reason}.")
-    return (_run_uncompiled if "torch._dynamo" in sys.modules else _run)(
+    return _run(
         kind,
         fn,
         z0,
@@ -82,6 +81,7 @@ def run(
     )
 
 
+@eagerly
 def _run(
     kind: Kind,
     fn: Callable[..., PyTree],
@@ -152,9 +152,6 @@ def _run(
     if not outcome.clean and not bool(converged.all()):
         report_failures(kind, outcome.status, on_failure, solution)
     return solution
-
-
-_run_uncompiled = _disable_dynamo(_run)
 
 
 def _spread(kind: Kind, layout: Layout, process_group: ProcessGroup) -> Layout:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ._eagerly import eagerly
 from ._system import (
     System,
     batched,
@@ -100,6 +101,7 @@ class _Solve(torch.autograd.Function):
         ctx.save_for_forward(z, status, donors, *tensors)
 
     @staticmethod
+    @eagerly  # `backward()` may be called in the midst of a function that is compiled
     def backward(ctx: Any, *grads: Tensor) -> Any:
         z, status, donors, *tensors = _saved(ctx)
         wide = ctx.system.settings.isolated(tensors, donors)
@@ -151,6 +153,7 @@ class _LinearSolve(torch.autograd.Function):
         ctx.save_for_forward(output, z, status, *tensors)
 
     @staticmethod
+    @eagerly
     def backward(ctx: Any, *grads: Tensor) -> Any:
         ctx.system.settings.require_exact()
         u, z, status, *tensors = _saved(ctx)

@@ -1,4 +1,4 @@
-"""The steps of `Anderson` (which see): an orthonormal history for each sample, in a ring of rows that begin as zeros."""
+"""The steps of `Anderson` (which see): an orthonormal history for each sample, a ring of rows that begin as zeros."""
 
 import torch
 from torch import Tensor

@@ -55,11 +55,14 @@ def run_traced(
     layout = Layout.of(z0, batch_dims)
     start = layout.pack([leaf.detach() for leaf in pytree.tree_leaves(z0)]).contiguous().clone()
     steps = _steps_of(solver)
-    assert solver is not None and steps is not None
+    assert solver is not None
+    assert steps is not None
     equation = TracedEquation(kind, fn, args, layout, solver)
-    books = solve(equation, steps, start, steps.max_steps if max_steps is None else max_steps)
+    with torch.no_grad():
+        books = solve(equation, steps, start, steps.max_steps if max_steps is None else max_steps)
+    z = _without_derivative(equation, books.z.detach()) if torch.compiler.is_exporting() else books.z
     return Solution(
-        value=layout.unpack(books.z),
+        value=layout.unpack(z),
         status=layout.per_sample(books.status),
         converged=layout.per_sample(books.status == int(Status.CONVERGED)),
         residual=layout.per_sample(books.norm * equation.unit),
@@ -67,6 +70,15 @@ def run_traced(
         evaluations=-1,
         adjoint=AdjointReport(),  # a default factory would break the graph
     )
+
+
+def _without_derivative(equation: TracedEquation, z: Tensor) -> Tensor:
+    """z, `(B, n)`, such that a derivative by anything that fn reads is an error: an exported program has no adjoint.
+
+    `floor_divide` is an operation that torch does not differentiate, and says so. What the steps' own derivative is
+    worth depends on the solver, and is not looked at; to leave it out would be a zero in silence.
+    """
+    return z + torch.floor_divide(equation.value(z).nan_to_num() * 0.0, 1.0)
 
 
 def _steps_of(solver: Method | None) -> TracedSteps | None:

@@ -1,4 +1,4 @@
-"""The steps of `Newton` (which see) with dense matrices: a factorisation, and a search along each sample's direction."""
+"""The steps of `Newton` (which see) with dense matrices: a factorisation, and a search along its direction."""
 
 import torch
 from torch import Tensor

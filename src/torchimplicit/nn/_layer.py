@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .._adjoint import Adjoint
 from .._call import run
+from .._eagerly import eagerly
 from .._options import refuse_unknown
 from .._problem import Kind
 from .._report import OnFailure, check_on_failure
@@ -84,6 +85,9 @@ class _Implicit(nn.Module):
 
     def forward(self, *inputs: PyTree) -> PyTree:
         """The solution z for these inputs: `solve(*inputs).value`."""
+        if torch.compiler.is_compiling() and torch.is_grad_enabled() and not torch.compiler.is_exporting():
+            # One break in the graph, here: further in, every function on the way would be compiled for nothing.
+            return _forward_uncompiled(self, *inputs)
         return self.solve(*inputs).value
 
     def solve(self, *inputs: PyTree, trace: bool = False, start: PyTree | None = None) -> Solution:
@@ -158,6 +162,9 @@ def _start_dtype(x: Tensor) -> torch.dtype:
     """That of the input; single precision under autocast, whose business the cell's precision is then."""
     reduced = x.is_floating_point() and x.itemsize < 4 and torch.is_autocast_enabled(x.device.type)
     return torch.float32 if reduced else x.dtype
+
+
+_forward_uncompiled = eagerly(_Implicit.forward)
 
 
 class FixedPoint(_Implicit):
