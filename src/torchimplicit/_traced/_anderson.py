@@ -1,4 +1,6 @@
-"""The steps of `Anderson` (which see): an orthonormal history for each sample, a ring of rows that begin as zeros."""
+"""The steps of `Anderson` (which see): orthonormal histories, in rings of rows that begin as zeros."""
+
+from operator import index
 
 import torch
 from torch import Tensor
@@ -28,7 +30,7 @@ class AndersonSteps(TracedSteps):
         drop = torch.finfo(z.dtype).eps ** 0.5 if solver.drop_tolerance is None else solver.drop_tolerance
         self._drop = scalar(drop, equation.first)
         batch, n = z.shape
-        rows = z.new_zeros(batch, min(solver.history, max(n, 1)), n)
+        rows = z.new_zeros(batch, min(index(solver.history), max(n, 1)), n)
         residual = equation.residual(equation.start)
         norm = torch.linalg.vector_norm(residual, dim=1)
         wait = torch.zeros_like(norm, dtype=torch.long)

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from math import lcm
+from operator import index
 
 import torch
 from torch import Tensor
@@ -55,6 +56,8 @@ def solve(equation: TracedEquation, steps: TracedSteps, z: Tensor, max_steps: in
     equation.begin(z)
     zero = torch.zeros((), dtype=torch.long, device=z.device)
     carried = (zero, *opened(equation), z.clone(), equation.start[1].clone(), *steps.init(equation))
+    # With `dynamic=True` an integer is no constant either, until it is asked for as an index.
+    steps.check_every, steps.period, max_steps = (index(n) for n in (steps.check_every, steps.period, max_steps))
     block = min(lcm(steps.check_every, steps.period), max_steps)
     if block:
         carried = _blocks(equation, steps, carried, block, max_steps)

@@ -1,5 +1,7 @@
 """The steps of `Newton` (which see) with dense matrices: a factorisation, and a search along its direction."""
 
+from operator import index
+
 import torch
 from torch import Tensor
 
@@ -23,7 +25,7 @@ class NewtonSteps(TracedSteps):
     def __init__(self, solver: Newton) -> None:
         self.max_steps, self.patience, self.progress = solver.max_steps, solver.patience, solver.progress
         self.check_every = 1  # Newton looks after every step
-        self._halvings = solver.max_backtracks
+        self._halvings = index(solver.max_backtracks)
 
     def init(self, equation: TracedEquation) -> State:
         """Nobody waits."""

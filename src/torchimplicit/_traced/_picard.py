@@ -86,7 +86,10 @@ class ExtrapolatedSteps(PicardSteps):
 
 
 class DampedSteps(PicardSteps):
-    """A damping that is halved where no new best residual comes. State: its factor, that residual's norm, its age."""
+    """A damping that is halved where no new best residual comes.
+
+    The state: its factor, that residual's norm, and its age, `(B,)` each.
+    """
 
     def __init__(self, solver: Picard) -> None:
         super().__init__(solver)

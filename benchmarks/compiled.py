@@ -1,0 +1,134 @@
+"""The MNIST model under `torch.compile`: a training step and an inference beside the eager ones, on one thread.
+
+A training step is the forward pass, the loss, the backward pass and the optimiser's step. Both sides take each step
+from the same weights (those of the eager side, copied outside the clock), on the same batch, in turns that alternate.
+The bar for a training step: the median of the pairs' ratios is at most 1. The explicit twin of the model, which has no
+equation to solve and no break in its graph, shows what `torch.compile` itself costs at this size.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from benchmarks.record import RESULTS, circumstances, data_used, write
+from torchimplicit.experiments.data import Split, load_digits
+from torchimplicit.experiments.recipe import make_model
+
+BOUND = 1.0
+BATCH = 100
+LAYERS = ("picard", "anderson", "newton", "explicit")
+TRACED = ("picard", "anderson", "explicit")
+"""Layers whose inference is one graph; the recipe's Newton solves its linear systems by GMRES, which is not traced."""
+
+
+def train_step(model: Callable[[Tensor], Tensor], parameters: nn.Module, images: Tensor, labels: Tensor) -> None:
+    """One step of plain gradient descent by torch's own optimiser, made anew: it holds no state."""
+    optimizer = torch.optim.SGD(parameters.parameters(), lr=0.1)
+    optimizer.zero_grad(set_to_none=True)
+    cross_entropy(model(images), labels).backward()
+    optimizer.step()
+
+
+def pairs(first: Callable[[], Any], second: Callable[[], Any], prepare: Callable[[], Any], count: int) -> list[Any]:
+    """Seconds of both, `count` times, each pair in the other order than the one before."""
+    found = []
+    for i in range(count):
+        prepare()
+        seconds = [0.0, 0.0]
+        for which in ((0, 1), (1, 0))[i % 2]:
+            began = time.perf_counter()
+            (first, second)[which]()
+            seconds[which] = time.perf_counter() - began
+        found.append(seconds)
+    return found
+
+
+def summary(seconds: list[Any]) -> dict[str, float]:
+    """Medians of both sides, and of the ratios with their quartiles."""
+    ratios = [compiled / eager for eager, compiled in seconds]
+    low, _, high = quantiles(ratios, n=4)
+    return {
+        "eager_ms": 1e3 * median(eager for eager, _ in seconds),
+        "compiled_ms": 1e3 * median(compiled for _, compiled in seconds),
+        "ratio": median(ratios),
+        "low": low,
+        "high": high,
+    }
+
+
+def measure_training(layer: str, data: Split, before: int, count: int) -> dict[str, float]:
+    """Training steps `before` to `before + count` of one layer, on both sides."""
+    torch.manual_seed(0)
+    eager, other = make_model(layer), make_model(layer)
+    torch._dynamo.reset()
+    compiled = torch.compile(other)
+    batches = torch.arange(len(data)).split(BATCH)
+    batch = iter(batches * (1 + (before + count) // len(batches)))
+    current: list[Tensor] = []
+
+    def prepare() -> None:
+        current[:] = data.batch(next(batch))
+        other.load_state_dict(eager.state_dict())
+
+    sides = (lambda: train_step(eager, eager, *current)), (lambda: train_step(compiled, other, *current))
+    pairs(*sides, prepare, before)
+    return summary(pairs(*sides, prepare, count))
+
+
+def measure_inference(layer: str, data: Split, before: int, count: int) -> dict[str, float]:
+    """Inference after `before` training steps, as one graph; with the breaks that torch finds."""
+    torch.manual_seed(0)
+    model = make_model(layer)
+    for i in range(before):
+        train_step(model, model, *data.batch(slice(i * BATCH % len(data), i * BATCH % len(data) + BATCH)))
+    model.eval()
+    images, _ = data.batch(slice(0, BATCH))
+    with torch.no_grad():
+        torch._dynamo.reset()
+        breaks = torch._dynamo.explain(model)(images).graph_break_count
+        torch._dynamo.reset()
+        compiled = torch.compile(model, fullgraph=True)
+        difference = float((compiled(images) - model(images)).abs().max())
+        found = summary(pairs(lambda: model(images), lambda: compiled(images), lambda: None, count))
+    return {**found, "graph_breaks": breaks, "difference": difference}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Measure, print, write; the status is 1 when the bar is missed."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compiled", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--before", type=int, default=100, help="training steps before those that are timed")
+    parser.add_argument("--repeats", type=int, default=300, help="pairs timed")
+    parser.add_argument("--out", type=Path, default=RESULTS / "compiled.json", help="where the figures go")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    digits = load_digits()
+    training = {}
+    for layer in LAYERS:
+        row = training[layer] = measure_training(layer, digits.train, options.before, options.repeats)
+        print(f"training, {layer}: {_line(row)}")
+    inference = {}
+    for layer in TRACED:
+        row = inference[layer] = measure_inference(layer, digits.train, options.before, options.repeats)
+        print(f"inference, {layer}: {_line(row)}, {row['graph_breaks']} graph breaks, off by {row['difference']:.1e}")
+    result = {"bound": BOUND, "training": training, "inference": inference}
+    write(options.out, {**circumstances("benchmarks.compiled", arguments), "data": data_used(digits), **result})
+    return int(training["picard"]["ratio"] > BOUND)
+
+
+def _line(row: dict[str, float]) -> str:
+    return (
+        f"eager {row['eager_ms']:.2f} ms, compiled {row['compiled_ms']:.2f} ms, "
+        f"ratio {row['ratio']:.3f} ({row['low']:.3f} to {row['high']:.3f})"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
