@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
+import torch
+
 
 def nearest(word: str, valid: Iterable[str]) -> str:
     """A sentence that lists the valid names and points to the one closest to `word`."""
@@ -33,7 +35,8 @@ class Options:
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Check the names before dataclass' own `__init__` sees them."""
-        refuse_unknown(cls.__name__, kwargs, [f.name for f in fields(cls)])
+        if not torch.compiler.is_compiling():  # where the names of a class's fields are out of reach
+            refuse_unknown(cls.__name__, kwargs, [f.name for f in fields(cls)])
         return super().__new__(cls)
 
     def _require(self, name: str, ok: bool, wanted: str) -> None:

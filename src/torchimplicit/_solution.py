@@ -79,7 +79,8 @@ class Solution:
         residual: norm of the residual *of the returned value, re-evaluated*; infinity where the function is not
             finite. In the solver's `norm`, in units of z (`fixed_point`) or of fn (`root`).
         steps: int tensor, updates applied to each sample.
-        evaluations: calls of fn, Jacobian products included (one call evaluates the whole batch).
+        evaluations: calls of fn, Jacobian products included (one call evaluates the whole batch); −1 where they are not
+            counted, in a compiled or exported graph.
         trace: residual norms after each step, `(steps, *batch)`, or None unless `trace=True`.
         adjoint: an `AdjointReport` that the backward pass fills.
     """

@@ -141,7 +141,7 @@ def entered(
 
 
 def closed(equation: TracedEquation, books: Ledger, step: Tensor) -> Ledger:
-    """The final word on every sample: its residual is evaluated again at the value that is returned."""
+    """The final word on every sample; norms are those of residuals evaluated at what is returned."""
     active = books.active
     z = torch.where(active[:, None], books.best_z, books.z)
     norm = torch.where(active, books.best, books.norm)

@@ -26,8 +26,8 @@ def reason_against(
     if kind not in ("fixed_point", "root"):
         return f"{kind} cannot; give its stationarity condition to torchimplicit.root"
     if _steps_of(solver) is None:
-        name = "Auto()" if solver is None else repr(solver)
-        return f"solver={name} cannot; use Picard(), Anderson() or Newton(), which find the same z"
+        name = "Auto" if solver is None else type(solver).__name__
+        return f"solver={name}(...) cannot; use Picard(), Anderson() or Newton(), which find the same z"
     if on_failure == "raise":
         return 'on_failure="raise" cannot, since it looks at values; use "ignore" and the solution\'s `converged`'
     if trace or verbose:
@@ -89,5 +89,6 @@ def _steps_of(solver: Method | None) -> TracedSteps | None:
         return PicardSteps(solver) if solver.damping_patience is None else DampedSteps(solver)
     if isinstance(solver, Anderson) and not solver.adaptive:
         return AndersonSteps(solver)
-    dense = isinstance(solver, Newton) and (solver.linear_solver is None or isinstance(solver.linear_solver, LU))
-    return NewtonSteps(solver) if dense and not solver.warmup else None
+    if isinstance(solver, Newton) and (solver.linear_solver is None or isinstance(solver.linear_solver, LU)):
+        return None if solver.warmup else NewtonSteps(solver)
+    return None

@@ -6,6 +6,7 @@ from operator import index
 
 import torch
 from torch import Tensor
+from torch._higher_order_ops import while_loop
 
 from ._books import Ledger, Pace, closed, entered, opened
 from ._equation import Evaluated, TracedEquation
@@ -89,4 +90,4 @@ def _blocks(
                 books = after
         return (step, *books, *(t.clone() for t in at), *state)
 
-    return torch._higher_order_ops.while_loop(running, body, carried)
+    return while_loop(running, body, carried)

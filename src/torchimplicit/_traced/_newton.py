@@ -4,6 +4,7 @@ from operator import index
 
 import torch
 from torch import Tensor
+from torch._higher_order_ops import while_loop
 
 from .._solution import Status
 from ..linear._dense import condition_limit
@@ -109,7 +110,7 @@ class NewtonSteps(TracedSteps):
 
         turn, length = torch.zeros((), dtype=torch.long, device=z.device), torch.ones_like(merit)
         carried = (turn, worse(norm, length, nobody), z, value.clone(), norm, length, nobody)
-        _, stuck, z, value, norm, _, refused = torch._higher_order_ops.while_loop(searching, attempt, carried)
+        _, stuck, z, value, norm, _, refused = while_loop(searching, attempt, carried)
         return (z, value), norm, refused, stuck
 
 
@@ -117,7 +118,7 @@ def _newton_direction(equation: TracedEquation, at: Evaluated, residual: Tensor)
     """`A⁻¹ r` with `A = −∂r/∂z` of each sample, zero where it is singular; and whether it is regular (see `LU`)."""
     z, _ = at
     batch, n = z.shape
-    _, pullback = torch.func.vjp(equation.value, z)
+    pullback = torch.func.vjp(equation.value, z)[1]
     basis = torch.eye(n, dtype=z.dtype, device=z.device)[:, None, :].expand(n, batch, n)
     # The samples are independent: row i of every sample comes from one product.
     matrix = torch.func.vmap(lambda u: pullback(u)[0])(basis).transpose(0, 1)

@@ -64,6 +64,8 @@ class Previous(Memory):
 
     def begin(self, start: PyTree, solver: Method | None) -> tuple[PyTree, Method | None]:
         """The start and the solver of a solve that would begin at `start` if nothing were known."""
+        if torch.compiler.is_exporting():  # a program is exported as it is when nothing is known
+            return start, solver
         if "torch._dynamo" in sys.modules:
             return _begin_uncompiled(self, start, solver)
         return self._begin(start, solver)
@@ -88,6 +90,8 @@ class Previous(Memory):
 
     def keep(self, solution: Solution) -> None:
         """Remember a solution, and whom the corrections did not solve; failed samples begin anew."""
+        if torch.compiler.is_exporting():
+            return
         if "torch._dynamo" in sys.modules:
             _keep_uncompiled(self, solution)
         else:
