@@ -28,6 +28,9 @@ def reason_against(
     if _steps_of(solver) is None:
         name = "Auto" if solver is None else type(solver).__name__
         return f"solver={name}(...) cannot; use Picard(), Anderson() or Newton(), which find the same z"
+    if isinstance(solver, Newton) and torch.compiler.is_exporting():
+        # torch 2.13 fails on the derivatives inside its loops: "Node target while_loop_cond_graph_0 not found".
+        return "solver=Newton(...) cannot in this version of torch; use Picard() or Anderson(), which find the same z"
     if on_failure == "raise":
         return 'on_failure="raise" cannot, since it looks at values; use "ignore" and the solution\'s `converged`'
     if trace or verbose:
