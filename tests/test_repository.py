@@ -48,6 +48,7 @@ DOCUMENTS = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # the compiler looks at it
 def test_the_python_of_a_document_runs(document: str) -> None:
     blocks = _blocks(document, "python")
     assert blocks
