@@ -11,7 +11,7 @@ from benchmarks import soak
 @pytest.mark.slow
 def test_a_spoilt_and_killed_run_ends_with_finite_parameters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(soak.__file__).parents[1]), prepend=":")
-    found = soak.soak(tmp_path, 500, 300, "picard", "bf16", settled=150)
+    found = soak.soak(tmp_path, 500, 400, "picard", "bf16", settled=150)
     assert found["step"] == 500
     assert found["kills"] == 1
     # What the seeds of the steps make happen: pixels spoil a gradient, which is skipped, features do not.
