@@ -85,8 +85,10 @@ class _Implicit(nn.Module):
 
     def forward(self, *inputs: PyTree) -> PyTree:
         """The solution z for these inputs: `solve(*inputs).value`."""
-        if torch.compiler.is_compiling() and torch.is_grad_enabled() and not torch.compiler.is_exporting():
-            # One break in the graph, here: further in, every function on the way would be compiled for nothing.
+        # A memory is a break in the graph, and so is a derivative. One break, here: further in, every function on the
+        # way would be compiled for nothing.
+        compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+        if compiled and (torch.is_grad_enabled() or isinstance(self.init, Previous)):
             return _forward_uncompiled(self, *inputs)
         return self.solve(*inputs).value
 
