@@ -8,13 +8,28 @@ from torch import Tensor
 
 from ._norms import norm_function, two
 from ._precision import COARSE
-from ._problem import Evaluation, Problem
+from ._problem import Evaluation, Kind, Problem
 from .solvers import Method
 
 _REACH = 4.0
 """Rounding units of fn's value below which a residual is noise."""
 _FURTHER = 64.0
 """So many times further a smooth function changes so many times more."""
+
+
+def default_rtol(kind: Kind, epsilon: float) -> float:
+    """The relative tolerance where none is given.
+
+    Roots are compared with where they began, and solved superlinearly: to ask for more costs no more than a step.
+    """
+    if kind != "fixed_point":
+        return epsilon ** (3 / 4)
+    return epsilon if epsilon > COARSE else epsilon ** (2 / 3)
+
+
+def least_rtol(epsilon: float) -> float:
+    """The relative tolerance below which residuals are rounding."""
+    return epsilon if epsilon > COARSE else _REACH * epsilon
 
 
 class Tolerance:
@@ -35,12 +50,7 @@ class Tolerance:
         self.unit = max(z0.shape[1], 1) ** -0.5 if method.norm == "rms" else 1.0
         self._problem = problem
         epsilon = problem.epsilon
-        # Roots are compared with where they began, and solved superlinearly: to ask for more costs no more than a step.
-        if problem.kind != "fixed_point":
-            default = epsilon ** (3 / 4)
-        else:
-            default = epsilon if epsilon > COARSE else epsilon ** (2 / 3)
-        self._rtol = default if method.rtol is None else method.rtol
+        self._rtol = default_rtol(problem.kind, epsilon) if method.rtol is None else method.rtol
         first = self.first = self.of(start)
         # Without an absolute tolerance of the user's a residual reduced by 1/ε counts as zero: it has no units.
         # To be below the next number above is to be no larger; and none of these limits is zero.
@@ -78,7 +88,7 @@ class Tolerance:
         if self._rtol == 0.0:
             return self._atol
         epsilon = self._problem.epsilon
-        rtol = max(self._rtol, epsilon if epsilon > COARSE else _REACH * epsilon)
+        rtol = max(self._rtol, least_rtol(epsilon))
         scale = self._problem.scale(evaluation, self.norm)
         if scale is None:
             return self._atol + rtol * _finite(self.first)

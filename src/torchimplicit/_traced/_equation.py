@@ -11,7 +11,7 @@ from .._layout import Layout
 from .._norms import norm_function, two
 from .._problem import Kind
 from .._solution import PyTree
-from .._tolerance import _FURTHER, _REACH
+from .._tolerance import _FURTHER, _REACH, default_rtol, least_rtol
 from ..solvers import Method
 
 Evaluated = tuple[Tensor, Tensor]
@@ -51,11 +51,10 @@ class TracedEquation:
         leaves = self.layout.check_output(self._fn(self._unpacked(z), *self._args), self.kind)
         self.epsilon = max(torch.finfo(leaf.dtype).eps for leaf in leaves)
         self.start = z, self._packed(leaves, z)
-        default = self.epsilon ** (2 / 3 if self.kind == "fixed_point" else 3 / 4)
-        rtol = default if self._method.rtol is None else self._method.rtol
+        rtol = default_rtol(self.kind, self.epsilon) if self._method.rtol is None else self._method.rtol
         first = self.first = self.norm(self.residual(self.start))
         self._noise_floor = _REACH * scalar(self.epsilon, first)
-        self._rtol = None if rtol == 0.0 else scalar(rtol, first).maximum(self._noise_floor)
+        self._rtol = None if rtol == 0.0 else scalar(rtol, first).maximum(scalar(least_rtol(self.epsilon), first))
         self._further = scalar(_FURTHER, first)
         self._above, least = 1 + 4 * torch.finfo(first.dtype).eps, torch.finfo(first.dtype).tiny
         self._least = (scalar(self._method.atol or 0.0, first) / self.unit * self._above).clamp_min(least)

@@ -88,7 +88,7 @@ class _Implicit(nn.Module):
         # A memory is a break in the graph, and so is a derivative. One break, here: further in, every function on the
         # way would be compiled for nothing.
         compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-        if compiled and (torch.is_grad_enabled() or isinstance(self.init, Previous)):
+        if compiled and (torch.is_grad_enabled() or isinstance(self.init, Memory)):
             return _forward_uncompiled(self, *inputs)
         return self.solve(*inputs).value
 
