@@ -85,7 +85,7 @@ def killed(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     """The run of two, one of which is killed in the second epoch, between two checkpoints."""
     folder = tmp_path_factory.mktemp("two") / "run"
     # Gloo may fail to connect on a busy machine, which is one more loss to get over.
-    done = _launch(KILLER, folder, small_data, 2, "--safetensors", restarts=3)
+    done = _launch(KILLER, folder, small_data, 2, "--safetensors", restarts=6)
     assert done.returncode == 0, done.stderr
     return folder, done.stdout
 
@@ -93,7 +93,7 @@ def killed(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 @pytest.mark.slow
 def test_two_processes_train_as_one_and_survive_a_kill(alone: Path, killed: tuple[Path, str]) -> None:
     folder, output = killed
-    assert re.search(r"started again \([123]\), resuming at epoch 1, batch 2", output)
+    assert re.search(r"started again \([1-6]\), resuming at epoch 1, batch 2", output)
     assert output.count("data: ") == output.count("run: ") >= 2  # by the first process, in each attempt
     mine, theirs = _rows(folder), _rows(alone)
     assert len(mine) == len(theirs) == 2
@@ -125,9 +125,9 @@ def test_the_weights_as_safetensors_are_those_of_the_checkpoint(killed: tuple[Pa
 
 @pytest.mark.slow
 def test_an_error_is_told_once_and_ends_all(alone: Path, small_data: Path) -> None:
-    done = _launch(RUN, alone, small_data, 2)
+    done = _launch(RUN, alone, small_data, 2, restarts=0)
     assert done.returncode == 1
-    assert done.stderr.count("is not empty; add --resume") == 1  # by one process, in each of the two attempts
+    assert done.stderr.count("is not empty; add --resume") == 1  # by one process
 
 
 def test_without_torchrun_a_process_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,8 +129,7 @@ class Solved(Dataset[tuple[Tensor, Tensor]]):
         return x.detach()[0], g[0]
 
 
-@EVERY_LAYER
-def test_layers_solve_and_differentiate_in_forked_workers(make: Any) -> None:
+def _work_in_forks(make: Any) -> None:
     data = Solved(make())
     data[0]  # the parent has used autograd before it forks
     loader = DataLoader(data, batch_size=3, num_workers=1, multiprocessing_context="fork")
@@ -140,6 +139,15 @@ def test_layers_solve_and_differentiate_in_forked_workers(make: Any) -> None:
     (expected,) = torch.autograd.grad(unrolled(data.layer, x).square().sum(), x)
     close([torch.cat([g for _, g in found])], [expected])
     assert torch.equal(torch.cat([x for x, _ in found]), data.x)
+
+
+@EVERY_LAYER
+def test_layers_solve_and_differentiate_in_forked_workers(make: Any) -> None:
+    """In a process of its own: autograd cannot fork once a backward pass on another device has begun its threads."""
+    process = torch.multiprocessing.get_context("spawn").Process(target=_work_in_forks, args=(make,))
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
 
 
 @EVERY_LAYER
