@@ -39,6 +39,7 @@ from .linear import BiCGStab as BiCGStab
 from .linear import Cascade as Cascade
 from .linear import Jacobi as Jacobi
 from .linear import Neumann as Neumann
+from .linear import Splitting as Splitting
 from .solvers import LBFGS as LBFGS
 from .solvers import Anderson as Anderson
 from .solvers import Auto as Auto
@@ -47,10 +48,12 @@ from .solvers import Broyden as Broyden
 from .solvers import Chandrupatla as Chandrupatla
 from .solvers import Chord as Chord
 from .solvers import Dogleg as Dogleg
+from .solvers import ForwardBackward as ForwardBackward
 from .solvers import LevenbergMarquardt as LevenbergMarquardt
 from .solvers import Newton as Newton
 from .solvers import NewtonCG as NewtonCG
 from .solvers import NewtonKrylov as NewtonKrylov
+from .solvers import PeacemanRachford as PeacemanRachford
 from .solvers import Picard as Picard
 
 __version__ = "0.1.0"
@@ -71,6 +74,7 @@ __all__ = [
     "ConvergenceError",
     "ConvergenceWarning",
     "Dogleg",
+    "ForwardBackward",
     "GMRES",
     "GradientCheck",
     "GradientError",
@@ -87,12 +91,14 @@ __all__ = [
     "NewtonCG",
     "NewtonKrylov",
     "PathIndependence",
+    "PeacemanRachford",
     "PhantomGradient",
     "Picard",
     "QR",
     "Shine",
     "Solution",
     "SpectralRadius",
+    "Splitting",
     "Status",
     "Unroll",
     "WarmStart",

@@ -102,6 +102,8 @@ class _Implicit(nn.Module):
         """
         memory = self.init if start is None and self.depth is None and isinstance(self.init, Memory) else None
         z0, solver = self._start(*inputs) if start is None else start, self.solver
+        cell, given = self._bound(*inputs)
+        solver = self._method(cell) if solver is None else solver
         batch_dims = 0 if couples_samples(self.cell) else self._batch_dims(*inputs)
         label = name_of(self)
         if self.depth is not None:
@@ -109,9 +111,9 @@ class _Implicit(nn.Module):
                 raise ValueError(f"trace=True has nothing to show of depth={self.depth} steps; set layer.depth = None.")
             solution = take_steps(
                 self._kind,
-                self.cell,
+                cell,
                 z0,
-                inputs,
+                given,
                 depth=self.depth,
                 solver=solver,
                 batch_dims=batch_dims,
@@ -123,9 +125,9 @@ class _Implicit(nn.Module):
                 z0, solver = memory.begin(z0, solver)
             solution = run(
                 self._kind,
-                self.cell,
+                cell,
                 z0,
-                inputs,
+                given,
                 solver=solver,
                 adjoint=self.adjoint,
                 batch_dims=batch_dims,
@@ -145,6 +147,14 @@ class _Implicit(nn.Module):
         """The options."""
         depth = "" if self.depth is None else f", depth={self.depth}"
         return f"solver={self.solver}, adjoint={self.adjoint}, batch_dims={self.batch_dims}{depth}"
+
+    def _bound(self, *inputs: PyTree) -> tuple[Callable[..., PyTree], tuple[PyTree, ...]]:
+        """The map of this solve, and what it is given: a layer may compute once here what every step would."""
+        return self.cell, inputs
+
+    def _method(self, cell: Callable[..., PyTree]) -> Method | None:
+        """The solver of this map where none was chosen; None is the call's own default."""
+        return None
 
     def _batch_dims(self, *inputs: PyTree) -> int:
         return self.batch_dims
