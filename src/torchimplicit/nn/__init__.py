@@ -20,3 +20,4 @@ from ._positive_concave import PositiveConcave as PositiveConcave
 from ._previous import Previous as Previous
 from ._random_start import RandomStart as RandomStart
 from ._tolerance_schedule import ToleranceSchedule as ToleranceSchedule
+from ._transformer import EquilibriumTransformer as EquilibriumTransformer
