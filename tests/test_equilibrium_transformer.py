@@ -8,15 +8,13 @@ from torch.nn import functional
 import torchimplicit as ti
 from torchimplicit.nn import EquilibriumTransformer
 
-torch_double = torch.float64
-
 
 def make(attend: str, **options: object) -> tuple[EquilibriumTransformer, Tensor]:
-    layer = EquilibriumTransformer(8, heads=2, span=5, attend=attend, dtype=torch_double, **options)  # type: ignore[arg-type]
+    layer = EquilibriumTransformer(8, heads=2, span=5, attend=attend, dtype=torch.float64, **options)  # type: ignore[arg-type]
     with torch.no_grad():
         for p in layer.parameters():
             p.add_(0.1 * torch.randn_like(p))
-    return layer, torch.randn(3, 12, 8, dtype=torch_double)
+    return layer, torch.randn(3, 12, 8, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("attend", ["past", "upto"])
@@ -44,7 +42,7 @@ def test_by_hand() -> None:
     for head in range(2):
         part = slice(4 * head, 4 * head + 4)
         q = cell.query(x[b, t])[part]
-        scores, values = [cell.nothing[head]], [torch.zeros(4, dtype=torch_double)]
+        scores, values = [cell.nothing[head]], [torch.zeros(4, dtype=torch.float64)]
         for distance in range(5):
             kv = cell.key_value(z[b, t - 1 - distance])
             scores.append(q @ kv[:8][part] / 2 + cell.bias[head, distance])
@@ -116,7 +114,7 @@ def test_upto_says_what_is_not_known() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "error", "message"),
+    "options, error, message",
     [
         ({"heads": 3}, ValueError, "divisor of features=8"),
         ({"span": 0}, ValueError, "span=0"),
@@ -132,7 +130,7 @@ def test_wrong_options_are_refused(options: dict[str, object], error: type[Excep
 def test_an_input_of_another_width_is_refused() -> None:
     layer, _ = make("past")
     with pytest.raises(ValueError, match=r"\(B, T, 8\)"):
-        layer(torch.zeros(3, 12, 7, dtype=torch_double))
+        layer(torch.zeros(3, 12, 7, dtype=torch.float64))
 
 
 def test_the_monitor_sees_it() -> None:

@@ -18,6 +18,8 @@ from ._monotone_tiers import MonotoneTiers as MonotoneTiers
 from ._non_euclidean import NonEuclideanMonotone as NonEuclideanMonotone
 from ._positive_concave import PositiveConcave as PositiveConcave
 from ._previous import Previous as Previous
+from ._qp import QP as QP
+from ._qp import QPSolution as QPSolution
 from ._random_start import RandomStart as RandomStart
 from ._tolerance_schedule import ToleranceSchedule as ToleranceSchedule
 from ._transformer import EquilibriumTransformer as EquilibriumTransformer

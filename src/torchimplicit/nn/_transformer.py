@@ -126,7 +126,8 @@ class EquilibriumTransformer(FixedPoint):
     def by_token(self, x: Tensor) -> Solution:
         """The same equilibrium, one position after the other, as a sequence is generated.
 
-        Each solve knows the states before its own, as far as it looks: time and memory grow with T and not with its square. `status` and `steps` are `(B, T)`, `residual` that of each position
+        Each solve knows the states before its own as far as it looks, so that time and memory grow with T, and not
+        with its square. `status` and `steps` are `(B, T)`, `residual` that of each position
         alone; gradients are exact here too.
         """
         self._check(x)
