@@ -9,6 +9,9 @@ from ._certificate import Certificate as Certificate
 from ._contractive import ContractiveConv2d as ContractiveConv2d
 from ._contractive import ContractiveLinear as ContractiveLinear
 from ._equilibrium import TanhEquilibrium as TanhEquilibrium
+from ._graph import ImplicitGraph as ImplicitGraph
+from ._infinite_graph import InfiniteGraph as InfiniteGraph
+from ._infinite_graph import normalize_adjacency as normalize_adjacency
 from ._layer import FixedPoint as FixedPoint
 from ._layer import Root as Root
 from ._lipschitz_bounded import LipschitzBounded as LipschitzBounded
