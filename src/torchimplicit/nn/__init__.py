@@ -24,5 +24,6 @@ from ._previous import Previous as Previous
 from ._qp import QP as QP
 from ._qp import QPSolution as QPSolution
 from ._random_start import RandomStart as RandomStart
+from ._reversible import Reversible as Reversible
 from ._tolerance_schedule import ToleranceSchedule as ToleranceSchedule
 from ._transformer import EquilibriumTransformer as EquilibriumTransformer
