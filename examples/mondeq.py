@@ -39,7 +39,7 @@ class Convolutional(nn.Module):
 
     def __init__(self, twin: bool = False) -> None:
         super().__init__()
-        shape = {"injection_size": 7, "stride": 4, "padding": 2}
+        shape: dict[str, Any] = {"injection_size": 7, "stride": 4, "padding": 2}
         self.layer = ExplicitConv(1, 44) if twin else ti.nn.MonotoneConv2d(1, 44, margin=1.0, **shape, **loose(2e-2))
         self.norm = nn.BatchNorm2d(44)
         self.head = nn.Linear(44 * 49, 10)
@@ -114,21 +114,22 @@ def main() -> None:
 
 
 @torch.no_grad()
-def race(model: nn.Module, data: common.Digits, rtol: float = 1e-3) -> dict[str, Any]:
+def race(model: Any, data: common.Digits, rtol: float = 1e-3) -> dict[str, Any]:
     """Evaluations on 500 test digits at equal residual: Peaceman and Rachford's splitting, and forward-backward's."""
     x, _ = next(common.batches(data.test, 500, 0, False))
     x = x.flatten(1) if isinstance(model, FullyConnected) else x[:100]
-    model.layer.on_failure = "ignore"
+    layer: Any = model.layer
+    layer.on_failure = "ignore"
     found: dict[str, Any] = {"rtol": rtol}
     for name, solver in (
         ("peaceman_rachford", ti.PeacemanRachford(rtol=rtol)),
         ("forward_backward", ti.ForwardBackward(rtol=rtol)),
         *((f"forward_backward {a}", ti.ForwardBackward(step_size=a, rtol=rtol)) for a in (0.02, 0.05, 0.1, 0.15, 0.2)),
     ):
-        model.layer.solver, model.layer.max_steps = solver, 1000
-        solution = model.layer.solve(x)
+        layer.solver, layer.max_steps = solver, 1000
+        solution = layer.solve(x)
         found[name] = solution.evaluations if bool(solution.converged.all()) else None
-    model.layer.solver, model.layer.max_steps, model.layer.on_failure = ti.PeacemanRachford(rtol=1e-4), None, "warn"
+    layer.solver, layer.max_steps, layer.on_failure = ti.PeacemanRachford(rtol=1e-4), None, "warn"
     print(found)
     return found
 

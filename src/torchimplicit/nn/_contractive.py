@@ -17,9 +17,9 @@ from ._affine import AffineMap, SplitMap
 from ._certificate import Certificate
 from ._checks import OPTIONS, require_between, require_images, require_last, require_norm, require_size
 from ._layer import FixedPoint
+from ._memory import Memory
 from ._operators import DenseOperator
 from ._parametrizations import InfinityBall, SpectralBall, SpectralKernel, conv_norm_bound
-from ._previous import Previous
 
 
 class ContractiveLinear(FixedPoint):
@@ -61,7 +61,7 @@ class ContractiveLinear(FixedPoint):
         adjoint: Adjoint | None = None,
         max_steps: int | None = None,
         on_failure: OnFailure = "warn",
-        init: Callable[..., PyTree] | Previous | None = None,
+        init: Callable[..., PyTree] | Memory | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **unknown: Never,
@@ -109,7 +109,7 @@ class ContractiveLinear(FixedPoint):
     def _start(self, *inputs: PyTree) -> PyTree:
         x: Any = inputs[0]
         require_last(type(self).__name__, x, self.injection.in_features)
-        if self.init is not None and not isinstance(self.init, Previous):
+        if self.init is not None and not isinstance(self.init, Memory):
             return self.init(*inputs)
         return x.new_zeros(*x.shape[:-1], self.injection.out_features, dtype=self.injection.weight.dtype)
 
@@ -168,7 +168,7 @@ class ContractiveConv2d(FixedPoint):
         adjoint: Adjoint | None = None,
         max_steps: int | None = None,
         on_failure: OnFailure = "warn",
-        init: Callable[..., PyTree] | Previous | None = None,
+        init: Callable[..., PyTree] | Memory | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **unknown: Never,
@@ -212,7 +212,7 @@ class ContractiveConv2d(FixedPoint):
     def _start(self, *inputs: PyTree) -> PyTree:
         x: Any = inputs[0]
         require_images(type(self).__name__, x, self.injection.in_channels)
-        if self.init is not None and not isinstance(self.init, Previous):
+        if self.init is not None and not isinstance(self.init, Memory):
             return self.init(*inputs)
         shape = (x.shape[0], self.injection.out_channels, *x.shape[2:])
         return x.new_zeros(shape, dtype=self.injection.weight.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -216,8 +217,11 @@ def _polished(
 
 
 def _chosen(ends: Ends, rows: Tensor) -> Ends:
-    parts = {f.name: getattr(ends, f.name) for f in fields(ends)}
-    return Ends(**{k: v.select(rows) if isinstance(v, Point) else v.index_select(0, rows) for k, v in parts.items()})
+    parts: dict[str, Any] = {f.name: getattr(ends, f.name) for f in fields(ends)}
+    chosen: dict[str, Any] = {
+        k: v.select(rows) if isinstance(v, Point) else v.index_select(0, rows) for k, v in parts.items()
+    }
+    return Ends(**chosen)
 
 
 def _start(of: Program) -> Point:

@@ -17,9 +17,9 @@ from ._activations import Activation, activation_of
 from ._affine import SplitMap
 from ._certificate import Certificate
 from ._checks import OPTIONS, require_between, require_last, require_size
+from ._memory import Memory
 from ._monotone import Split, splitting_factor
 from ._operators import DenseOperator
-from ._previous import Previous
 
 
 class LipschitzBounded(Split):
@@ -64,7 +64,7 @@ class LipschitzBounded(Split):
         adjoint: Adjoint | None = None,
         max_steps: int | None = None,
         on_failure: OnFailure = "warn",
-        init: Callable[..., PyTree] | Previous | None = None,
+        init: Callable[..., PyTree] | Memory | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **unknown: Never,
@@ -124,7 +124,7 @@ class LipschitzBounded(Split):
     def _start(self, *inputs: PyTree) -> PyTree:
         x: Any = inputs[0]
         require_last(type(self).__name__, x, self.injection.in_features)
-        if self.init is not None and not isinstance(self.init, Previous):
+        if self.init is not None and not isinstance(self.init, Memory):
             return self.init(*inputs)
         return x.new_zeros(*x.shape[:-1], self.features, dtype=self.injection.weight.dtype)
 

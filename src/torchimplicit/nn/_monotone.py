@@ -18,9 +18,9 @@ from ._affine import SplitMap
 from ._certificate import Certificate
 from ._checks import OPTIONS, require_last, require_margin, require_size
 from ._layer import FixedPoint
+from ._memory import Memory
 from ._operators import DenseOperator
 from ._parametrizations import MonotoneMatrix
-from ._previous import Previous
 
 
 class MonotoneCell(nn.Module):
@@ -110,7 +110,7 @@ class MonotoneLinear(Split):
         adjoint: Adjoint | None = None,
         max_steps: int | None = None,
         on_failure: OnFailure = "warn",
-        init: Callable[..., PyTree] | Previous | None = None,
+        init: Callable[..., PyTree] | Memory | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **unknown: Never,
@@ -144,7 +144,7 @@ class MonotoneLinear(Split):
         return x.ndim - 1
 
     def _start(self, *inputs: PyTree) -> PyTree:
-        if self.init is not None and not isinstance(self.init, Previous):
+        if self.init is not None and not isinstance(self.init, Memory):
             return self.init(*inputs)
         x: Any = inputs[0]
         require_last(type(self).__name__, x, self.injection.in_features)

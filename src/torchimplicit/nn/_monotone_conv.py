@@ -15,10 +15,10 @@ from ..solvers import Method
 from ._activations import Activation, activation_of
 from ._certificate import Certificate
 from ._checks import OPTIONS, require_images, require_margin, require_size
+from ._memory import Memory
 from ._monotone import Split, splitting_factor
 from ._operators import CircularOperator, spectrum
 from ._parametrizations import MonotoneKernel, conv_norm_bound
-from ._previous import Previous
 
 
 class MonotoneConvCell(nn.Module):
@@ -98,7 +98,7 @@ class MonotoneConv2d(Split):
         adjoint: Adjoint | None = None,
         max_steps: int | None = None,
         on_failure: OnFailure = "warn",
-        init: Callable[..., PyTree] | Previous | None = None,
+        init: Callable[..., PyTree] | Memory | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **unknown: Never,
@@ -133,7 +133,7 @@ class MonotoneConv2d(Split):
     def _start(self, *inputs: PyTree) -> PyTree:
         x: Any = inputs[0]
         require_images(type(self).__name__, x, self.injection.in_channels)
-        if self.init is not None and not isinstance(self.init, Previous):
+        if self.init is not None and not isinstance(self.init, Memory):
             return self.init(*inputs)
         u = self.injection
         size = [(n + 2 * u.padding[i] - u.kernel_size[i]) // u.stride[i] + 1 for i, n in enumerate(x.shape[2:])]

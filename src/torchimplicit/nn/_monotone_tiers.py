@@ -17,10 +17,10 @@ from ._activations import Activation, activation_of
 from ._affine import SplitMap
 from ._certificate import Certificate
 from ._checks import OPTIONS, require_images, require_margin, require_size
+from ._memory import Memory
 from ._monotone import Split, splitting_factor
 from ._operators import CircularMap, CircularOperator, Waves, spectrum
 from ._parametrizations import MonotoneTierKernel, conv_norm_bound
-from ._previous import Previous
 from ._tiers import Coupling, TieredOperator
 
 
@@ -121,7 +121,7 @@ class MonotoneTiers(Split):
         adjoint: Adjoint | None = None,
         max_steps: int | None = None,
         on_failure: OnFailure = "warn",
-        init: Callable[..., PyTree] | Previous | None = None,
+        init: Callable[..., PyTree] | Memory | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **unknown: Never,
@@ -188,7 +188,7 @@ class MonotoneTiers(Split):
                 f"{type(self).__name__}: height and width must be multiples of {2**halvings} for {halvings + 1} tiers, "
                 f"but the input is {tuple(x.shape)}."
             )
-        if self.init is not None and not isinstance(self.init, Previous):
+        if self.init is not None and not isinstance(self.init, Memory):
             return self.init(*inputs)
         n = sum(c * h * w for c, h, w in self._shapes((x.shape[2], x.shape[3])))
         return x.new_zeros(x.shape[0], n, dtype=self.injection.weight.dtype)

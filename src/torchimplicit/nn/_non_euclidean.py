@@ -16,9 +16,9 @@ from ._affine import AffineMap
 from ._certificate import Certificate
 from ._checks import OPTIONS, require_between, require_last, require_size
 from ._layer import FixedPoint
+from ._memory import Memory
 from ._operators import DenseOperator
 from ._parametrizations import NonEuclidean
-from ._previous import Previous
 
 _PATIENT = 100_000
 
@@ -61,7 +61,7 @@ class NonEuclideanMonotone(FixedPoint):
         adjoint: Adjoint | None = None,
         max_steps: int | None = None,
         on_failure: OnFailure = "warn",
-        init: Callable[..., PyTree] | Previous | None = None,
+        init: Callable[..., PyTree] | Memory | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **unknown: Never,
@@ -129,6 +129,6 @@ class NonEuclideanMonotone(FixedPoint):
     def _start(self, *inputs: PyTree) -> PyTree:
         x: Any = inputs[0]
         require_last(type(self).__name__, x, self.injection.in_features)
-        if self.init is not None and not isinstance(self.init, Previous):
+        if self.init is not None and not isinstance(self.init, Memory):
             return self.init(*inputs)
         return x.new_zeros(*x.shape[:-1], self.injection.out_features, dtype=self.injection.weight.dtype)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Never
+from typing import Any, Never
 
 import torch
 from torch import Tensor
@@ -148,12 +148,13 @@ class EquilibriumTransformer(FixedPoint):
             found.append(solution)
             states.append(solution.value)
             past = torch.cat([past, self.cell.keys_values(solution.value[:, None])], dim=1)[:, -self.cell.span :]
+        evidence: dict[str, Any] = {
+            name: torch.stack([getattr(s, name) for s in found], dim=1)
+            for name in ("status", "converged", "residual", "steps")
+        }
         return Solution(
             value=torch.stack(states, dim=1) if states else x,
-            **{
-                name: torch.stack([getattr(s, name) for s in found], dim=1)
-                for name in ("status", "converged", "residual", "steps")
-            },
+            **evidence,
             evaluations=sum(s.evaluations for s in found),
         )
 
