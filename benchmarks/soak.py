@@ -85,6 +85,7 @@ def life(folder: Path, last: int, dies_at: int | None, layer: str, precision: st
     model = make_model(layer, batch_size=BATCH, precision=precision)
     spoilt = Spoilt()
     model.insert(2, spoilt)
+    weight = next(model[1].parameters())
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
     scheme = Scheme.of(precision, "cpu", World())
     tally, path, settled_at = Tally(), folder / "soak.pt", 0
@@ -108,7 +109,6 @@ def life(folder: Path, last: int, dies_at: int | None, layer: str, precision: st
         elif bad:
             spoilt.rows = chance.sample(range(BATCH), 3)
             tally.nan_features += 1
-        weight = next(model.parameters())
         before = weight.detach().clone() if spoilt.rows else None
         record = train_batch(model, optimizer, images, labels, 0, step, scheme)
         tally.spikes += spiked

@@ -2,9 +2,10 @@
 
 import json
 import os
-import re
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +42,10 @@ CALLS = {"evaluations_forward", "evaluations_backward", "test_evaluations"}
 """Of all processes together, each of which makes as many for its part as it needs."""
 
 
-def _launch(
-    code: str, folder: Path, data: Path, processes: int, *more: object, restarts: int = 1
-) -> subprocess.CompletedProcess[str]:
+def _launch(code: str, folder: Path, data: Path, processes: int, *more: object) -> subprocess.CompletedProcess[str]:
     program = folder.with_name(f"run{processes}.py")
     program.write_text(code)
-    starter = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes, "--max-restarts", restarts]
+    starter = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes, "--max-restarts", 1]
     job = [program, "train", "mnist", "--data-dir", data, "--out", folder, *OPTIONS, *more]
     command = map(str, [sys.executable, *(starter if processes > 1 else []), *job])
     environment = {k: v for k, v in os.environ.items() if k != "TORCHIMPLICIT_DATA"} | {"COLUMNS": "200"}
@@ -84,8 +83,7 @@ def alone(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def killed(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The run of two, one of which is killed in the second epoch, between two checkpoints."""
     folder = tmp_path_factory.mktemp("two") / "run"
-    # Gloo may fail to connect on a busy machine, which is one more loss to get over.
-    done = _launch(KILLER, folder, small_data, 2, "--safetensors", restarts=6)
+    done = _launch(KILLER, folder, small_data, 2, "--safetensors")
     assert done.returncode == 0, done.stderr
     return folder, done.stdout
 
@@ -93,8 +91,8 @@ def killed(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 @pytest.mark.slow
 def test_two_processes_train_as_one_and_survive_a_kill(alone: Path, killed: tuple[Path, str]) -> None:
     folder, output = killed
-    assert re.search(r"started again \([1-6]\), resuming at epoch 1, batch 2", output)
-    assert output.count("data: ") == output.count("run: ") >= 2  # by the first process, in each attempt
+    assert "started again (1), resuming at epoch 1, batch 2" in output
+    assert output.count("data: ") == output.count("run: ") == 2  # by the first process, in each attempt
     mine, theirs = _rows(folder), _rows(alone)
     assert len(mine) == len(theirs) == 2
     for found, expected in zip(mine, theirs, strict=True):
@@ -125,9 +123,12 @@ def test_the_weights_as_safetensors_are_those_of_the_checkpoint(killed: tuple[Pa
 
 @pytest.mark.slow
 def test_an_error_is_told_once_and_ends_all(alone: Path, small_data: Path) -> None:
-    done = _launch(RUN, alone, small_data, 2, restarts=0)
+    before = (alone / "metrics.jsonl").read_bytes()
+    done = _launch(RUN, alone, small_data, 2)
     assert done.returncode == 1
-    assert done.stderr.count("is not empty; add --resume") == 1  # by one process
+    # By the first process, in each of two attempts: the run in the folder is not of this launch.
+    assert done.stderr.count("is not empty; add --resume") == 2
+    assert (alone / "metrics.jsonl").read_bytes() == before
 
 
 def test_without_torchrun_a_process_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,6 +140,25 @@ def test_without_torchrun_a_process_is_alone(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
     with world.join("cpu") as here:
         assert here.restarts == 2
+
+
+def test_processes_agree_on_a_store_without_what_a_lost_attempt_has_left() -> None:
+    whole = torch.distributed.HashStore()
+    # Of an attempt before: what the others asked, were told, and where they could be reached.
+    for rank in (1, 2):
+        whole.set(f"torchimplicit/ask/{rank}", "old")
+    whole.set("torchimplicit/answer/old", "older")
+    whole.set("address", "of one who is lost")
+    with ThreadPoolExecutor(3) as pool:
+        late = [pool.submit(world.fresh, whole, 0, 3, 30.0)]
+        time.sleep(0.1)  # the first one sees nothing but the old questions
+        late += [pool.submit(world.fresh, whole, rank, 3) for rank in (1, 2)]
+        stores = [made.result(timeout=60) for made in late]
+    stores[0].set("address", "of the first")
+    assert [store.get("address") for store in stores] == [b"of the first"] * 3
+    assert whole.get("address") == b"of one who is lost"
+    with pytest.raises(ExperimentError, match=r"processes \[1, 2\] have not come"):
+        world.fresh(torch.distributed.HashStore(), 0, 3, patience=0.1)
 
 
 def test_a_batch_is_divided_in_order_and_evenly() -> None:

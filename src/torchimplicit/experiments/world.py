@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -96,6 +98,38 @@ class World:
         return made[0]
 
 
+def fresh(store: Any, rank: int, size: int, patience: float = 300.0) -> Any:
+    """torchrun's store without what an earlier attempt has left in it: all processes' must agree on a name for theirs.
+
+    torchrun keeps its store when it starts the processes again (torch 2.13), with the addresses of those that were
+    lost, to which gloo would then connect: it fails, or waits for ever. How often it has done so is no such name: it
+    may differ between machines. So the first process makes one up, and the others ask for it under names of their own,
+    which are new, too; it answers until all have said that they know.
+
+    Raises:
+        ExperimentError: some process does not come.
+    """
+    name, end = uuid.uuid4().hex, time.monotonic() + patience
+    if rank:
+        store.set(f"torchimplicit/ask/{rank}", name)
+        answer = store.get(f"torchimplicit/answer/{name}").decode()
+        store.set(f"torchimplicit/known/{answer}/{rank}", "")
+        return dist.PrefixStore(answer, store)
+    missing = set(range(1, size))
+    while missing:
+        for other in [*missing]:
+            if store.check([f"torchimplicit/known/{name}/{other}"]):
+                missing.remove(other)
+            elif store.check([f"torchimplicit/ask/{other}"]):
+                # Of an earlier attempt, perhaps: then nobody reads it.
+                asking = store.get(f"torchimplicit/ask/{other}").decode()
+                store.set(f"torchimplicit/answer/{asking}", name)
+        if missing and time.monotonic() > end:
+            raise ExperimentError(f"torchrun: processes {sorted(missing)} have not come in {patience:.0f} seconds")
+        time.sleep(0.02 if missing else 0.0)
+    return dist.PrefixStore(name, store)
+
+
 @contextmanager
 def join(device: str) -> Iterator[World]:
     """The world that this process belongs to, for the length of a run."""
@@ -107,7 +141,11 @@ def join(device: str) -> Iterator[World]:
         return
     # Numbers are exchanged on the CPU, gradients where they are.
     backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-    dist.init_process_group(backend)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        store, rank, size = next(dist.rendezvous("env://"))
+        dist.init_process_group(backend, store=fresh(store, rank, size), rank=rank, world_size=size)
+    else:
+        dist.init_process_group(backend)
     try:
         local = int(os.environ.get("LOCAL_RANK", "0"))
         yield World(dist.get_rank(), dist.get_world_size(), local, restarts, launch)
