@@ -114,7 +114,7 @@ def fresh(store: Any, rank: int, size: int, patience: float = 300.0) -> Any:
         store.set(f"torchimplicit/ask/{rank}", name)
         answer = store.get(f"torchimplicit/answer/{name}").decode()
         store.set(f"torchimplicit/known/{answer}/{rank}", "")
-        return dist.PrefixStore(answer, store)
+        return dist.PrefixStore(answer, store)  # pyright: ignore[reportPrivateImportUsage]
     missing = set(range(1, size))
     while missing:
         for other in [*missing]:
@@ -127,7 +127,7 @@ def fresh(store: Any, rank: int, size: int, patience: float = 300.0) -> Any:
         if missing and time.monotonic() > end:
             raise ExperimentError(f"torchrun: processes {sorted(missing)} have not come in {patience:.0f} seconds")
         time.sleep(0.02 if missing else 0.0)
-    return dist.PrefixStore(name, store)
+    return dist.PrefixStore(name, store)  # pyright: ignore[reportPrivateImportUsage]
 
 
 @contextmanager
@@ -142,7 +142,7 @@ def join(device: str) -> Iterator[World]:
     # Numbers are exchanged on the CPU, gradients where they are.
     backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        store, rank, size = next(dist.rendezvous("env://"))
+        store, rank, size = next(dist.rendezvous("env://"))  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group(backend, store=fresh(store, rank, size), rank=rank, world_size=size)
     else:
         dist.init_process_group(backend)
