@@ -18,12 +18,14 @@ from ._lipschitz_bounded import LipschitzBounded as LipschitzBounded
 from ._monotone import MonotoneLinear as MonotoneLinear
 from ._monotone_conv import MonotoneConv2d as MonotoneConv2d
 from ._monotone_tiers import MonotoneTiers as MonotoneTiers
+from ._multiscale import MultiscaleEquilibrium as MultiscaleEquilibrium
 from ._non_euclidean import NonEuclideanMonotone as NonEuclideanMonotone
 from ._positive_concave import PositiveConcave as PositiveConcave
 from ._previous import Previous as Previous
 from ._qp import QP as QP
 from ._qp import QPSolution as QPSolution
 from ._random_start import RandomStart as RandomStart
+from ._residual import ResidualEquilibrium as ResidualEquilibrium
 from ._reversible import Reversible as Reversible
 from ._tolerance_schedule import ToleranceSchedule as ToleranceSchedule
 from ._transformer import EquilibriumTransformer as EquilibriumTransformer
