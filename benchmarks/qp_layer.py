@@ -16,7 +16,7 @@ from pathlib import Path
 
 import cvxpy
 import torch
-from cvxpylayers.torch import CvxpyLayer
+from cvxpylayers.torch import CvxpyLayer  # pyright: ignore
 from torch import Tensor
 
 import torchimplicit as ti

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Never
+from typing import Any, Never
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from .._report import OnFailure
 from .._solution import PyTree
 from ..solvers import Method
 from ._layer import FixedPoint
-from ._previous import Previous
+from ._memory import Memory
 from ._residual import ResidualCell, check_count, check_groups
 
 _GAIN = 0.2
@@ -69,7 +69,8 @@ class MultiscaleCell(nn.Module):
         self.blocks = nn.ModuleList(ResidualCell(c, c, groups=groups, device=device, dtype=dtype) for c in channels)
         self.passages = nn.ModuleList(nn.ModuleList(passage(j, i) for j in levels) for i in levels)
         self.out = nn.ModuleList(convolution(c, c, 1, gain=_GAIN) for c in channels)
-        for block in self.blocks[1:]:
+        coarse: Any = self.blocks[1:]
+        for block in coarse:
             nn.init.constant_(block.norm3.weight, _GAIN)
 
     def forward(self, z: tuple[Tensor, ...], x: Tensor) -> tuple[Tensor, ...]:
@@ -80,9 +81,10 @@ class MultiscaleCell(nn.Module):
     def _fused(self, target: int, inner: list[Tensor]) -> Tensor:
         size = inner[target].shape[-2:]
         total = inner[target]
+        passages: Any = self.passages[target]
         for source, leaf in enumerate(inner):
             if source != target:
-                leaf = self.passages[target][source](leaf)
+                leaf = passages[source](leaf)
                 total = total + (functional.interpolate(leaf, size=size) if source > target else leaf)
         return self.out[target](functional.relu(total))
 
@@ -134,7 +136,7 @@ class MultiscaleEquilibrium(FixedPoint):
         adjoint: Adjoint | None = None,
         max_steps: int | None = None,
         on_failure: OnFailure = "warn",
-        init: Callable[..., PyTree] | Previous | None = None,
+        init: Callable[..., PyTree] | Memory | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **unknown: Never,
@@ -173,7 +175,7 @@ class MultiscaleEquilibrium(FixedPoint):
                 f"MultiscaleEquilibrium: the input must be (B, {channels[0]}, H, W), but it is {tuple(x.shape)}; "
                 "map images to that many channels first."
             )
-        if self.init is not None and not isinstance(self.init, Previous):
+        if self.init is not None and not isinstance(self.init, Memory):
             return self.init(*inputs)
         sizes = self.sizes(*x.shape[-2:])
         return tuple(x.new_zeros(x.shape[0], c, *size) for c, size in zip(channels, sizes, strict=True))

@@ -13,7 +13,7 @@ from .._report import OnFailure
 from .._solution import PyTree
 from ..solvers import Method
 from ._layer import FixedPoint
-from ._previous import Previous
+from ._memory import Memory
 
 _OPTIONS = (
     "hidden_channels",
@@ -122,7 +122,7 @@ class ResidualEquilibrium(FixedPoint):
         adjoint: Adjoint | None = None,
         max_steps: int | None = None,
         on_failure: OnFailure = "warn",
-        init: Callable[..., PyTree] | Previous | None = None,
+        init: Callable[..., PyTree] | Memory | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **unknown: Never,
