@@ -6,6 +6,8 @@ Every program is strongly convex with n = m = 50 and a feasible point; the gradi
 of z with respect to Q, p, G and h. Times are of the process, one thread, median of five interleaved repetitions.
 """
 
+# pyright: reportMissingImports=false
+
 import json
 import statistics
 import time
