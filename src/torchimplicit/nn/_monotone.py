@@ -77,8 +77,9 @@ class MonotoneLinear(Split):
 
     >>> import torch, torchimplicit as ti
     >>> layer = ti.nn.MonotoneLinear(3, 8)
-    >>> z = layer(torch.randn(4, 3))
-    >>> bool(torch.allclose(z, torch.relu(z @ layer.weight.T + layer.injection(torch.zeros(3))), atol=1)), z.shape
+    >>> x = torch.randn(4, 3)
+    >>> z = layer(x)
+    >>> bool(torch.allclose(z, torch.relu(z @ layer.weight.T + layer.injection(x)), atol=1e-3)), z.shape
     (True, torch.Size([4, 8]))
 
     There is exactly one z for every x, whatever the parameters are: `weight` is `W = (1 − m) I − AᵀA + B − Bᵀ`. Its
