@@ -97,6 +97,7 @@ def test_solver_solves_what_it_is_known_to_solve_and_claims_nothing_else(name: s
 def test_every_exported_solver_of_roots_is_in_the_table() -> None:
     listed = {type(make()) for make, _ in SOLVERS.values()}
     others = {ti.Auto, ti.LBFGS, ti.NewtonCG, ti.Bisection, ti.Chandrupatla}  # tested elsewhere
+    others |= {ti.ForwardBackward, ti.PeacemanRachford}  # of monotone layers only
     exported = {
         thing
         for thing in vars(ti).values()
