@@ -101,13 +101,13 @@ def record(name: str, key: str, run: dict[str, Any], facts: dict[str, Any]) -> N
     """Put a run beside the earlier ones, of other seeds, in `results/NAME.json`."""
     path = HERE / "results" / f"{name}.json"
     result = json.loads(path.read_text()) if path.exists() else {}
-    runs = {**result.get("runs", {}), key: run}
+    command = "python -m examples." + Path(sys.argv[0]).stem + " " + " ".join(sys.argv[1:])
+    runs = {**result.get("runs", {}), key: {**run, "command": command}}
     result = {
         **result,
         **facts,
         "date": date.today().isoformat(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "torchimplicit": ti.__version__},
-        "command": "python -m examples." + Path(sys.argv[0]).stem + " " + " ".join(sys.argv[1:]),
         "runs": runs,
     }
     path.parent.mkdir(exist_ok=True)
