@@ -46,9 +46,6 @@ def _blocks(document: str, language: str) -> list[str]:
 
 PAGES = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
 DOCUMENTS = ["README.md", *(page for page in PAGES if _blocks(page, "python"))]
-    "README.md",
-    *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md") if _blocks(f"docs/{p.name}", "python")),
-]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
