@@ -86,9 +86,13 @@ class ProximalStep(nn.Module):
 
 
 def equilibrium(step: ProximalStep, adjoint: ti.Adjoint) -> ti.nn.FixedPoint:
-    """The step at its fixed point; training takes what 30 steps reach."""
-    solver = ti.Anderson(rtol=1e-3)
-    return ti.nn.FixedPoint(step, solver=solver, adjoint=adjoint, init=step.start, max_steps=30, on_failure="ignore")
+    """The step at its fixed point; training takes what 60 steps reach.
+
+    The tolerance is small because the contraction is slow: at a rate of 0.95 and more, a residual of 1e-3 leaves an
+    error 20 times as large, and the network would be trained for where the solver stops, not for the fixed point.
+    """
+    solver = ti.Anderson(rtol=1e-4)
+    return ti.nn.FixedPoint(step, solver=solver, adjoint=adjoint, init=step.start, max_steps=60, on_failure="ignore")
 
 
 def train(
@@ -136,7 +140,7 @@ def test(step: ProximalStep, images: Tensor, implicit: bool) -> tuple[Tensor, di
         z, longer = step.unrolled(y, STEPS), step.unrolled(y, 10 * STEPS)
         return z, {"PSNR": psnr(z, images).mean().item(), "PSNR, 10 times as long": psnr(longer, images).mean().item()}
     layer = equilibrium(step, ti.JacobianFree())
-    layer.max_steps = 200
+    layer.max_steps = 300
     solution = layer.solve(y)
     steps = int(solution.steps.max())
     # On from the solution by the map itself: what 10 times the steps do to it.
@@ -184,7 +188,7 @@ def path(step: ProximalStep, images: Tensor, steps: int = 100) -> list[float]:
 
 MODELS: dict[str, tuple[ti.Adjoint | None, str]] = {
     "equilibrium, exact gradient": (
-        ti.Implicit(linear_solver=ti.GMRES(), rtol=1e-2),
+        ti.Implicit(linear_solver=ti.GMRES(), rtol=3e-2),
         "Gilton, Ongie & Willett 2021: at least the unrolled network's, and stays when iterated on",
     ),
     "equilibrium, one-step gradient": (ti.JacobianFree(), "arXiv 2511.18667: below the exact gradient's"),
@@ -196,7 +200,7 @@ def main() -> None:
     """Train the three, test, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path)
-    parser.add_argument("--steps", type=int, default=400, help="of training, batches of 16")
+    parser.add_argument("--steps", type=int, default=200, help="of training, batches of 16")
     parser.add_argument("--test-images", type=int, default=200)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options = parser.parse_args()
