@@ -117,22 +117,85 @@ def test_a_fixed_point_in_a_graph_ends_as_in_eager_mode(solver: Any) -> None:
         assert_same(compiled(CASES[:4]), solve(CASES[:4]))
 
 
+@pytest.mark.parametrize("solver", [ti.Anderson(), ti.Picard(extrapolate_every=4)], ids=lambda s: type(s).__name__)
+def test_a_bad_accelerated_step_is_taken_back_in_a_graph(solver: Any) -> None:
+    x = 2 * torch.randn(8, 4, dtype=torch.float64)
+    weight = torch.randn(4, 4, dtype=torch.float64)
+
+    def cell(z: Tensor, gain: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+        return torch.sin(gain * (z @ weight.t()) + x)
+
+    def solve(gain: Tensor, x: Tensor) -> ti.Solution:
+        options: Any = {"solver": solver, "batch_dims": 1, "max_steps": 60, "on_failure": "ignore"}
+        return ti.fixed_point(cell, torch.zeros_like(x), gain, weight, x, **options)
+
+    compiled = one_graph(solve)
+    with torch.no_grad():
+        for gain in (0.5, 0.8, 1.0, 1.3, 2.0):
+            g = torch.tensor(gain, dtype=torch.float64)
+            found, wanted = compiled(g, x), solve(g, x)
+            done = wanted.converged & (wanted.steps < 40)  # later on, rounding decides
+            assert gain > 0.5 or done.sum() >= 4
+            torch.testing.assert_close(found.steps[done], wanted.steps[done], rtol=0, atol=0)
+            torch.testing.assert_close(found.value[done], wanted.value[done], rtol=1e-9, atol=1e-11)
+
+
 @pytest.mark.parametrize("solver", [ti.Picard(damping=0.3), ti.Anderson(mixing=0.3), ti.Newton()], ids=str)
 def test_a_root_in_a_graph_ends_as_in_eager_mode(solver: Any) -> None:
     def residual(z: Tensor, c: Tensor) -> Tensor:
-        return z**3 + c[:, :1] * z - c[:, 1:]
+        return c[:, 2:] * z**3 + (1 - c[:, 2:]) * z**2 + c[:, :1] * z - c[:, 1:2]
 
     def solve(c: Tensor) -> ti.Solution:
-        start = torch.ones_like(c[:, :1])
+        # From afar the residual is soon small beside where it began.
+        start = torch.where(c[:, :1] == 7.0, 1e5, torch.ones_like(c[:, :1]))
         return ti.root(residual, start, c, solver=solver, batch_dims=1, max_steps=60, on_failure="ignore")
 
-    # The second one's derivative vanishes on the way; the last ones have none, or are not finite.
-    coefficients = [[1.0, 2.0], [-3.0, 5.0], [0.5, 0.1], [1.0, 1.0], [-3.0, 0.0], [torch.nan, 1.0], [1e300, 1e300]]
-    c = torch.tensor(coefficients, dtype=torch.float64)
+    # Cubics, of which the fourth one's derivative vanishes on the way, and the last ones are not finite; quadratics
+    # without a root.
+    cubics = [
+        [1.0, 2.0],
+        [7.0, 20.0],
+        [-2.0, -2.0],
+        [-3.0, 5.0],
+        [0.5, 0.1],
+        [1.0, 1.0],
+        [-3.0, 0.0],
+        [torch.nan, 1.0],
+        [1e300, 1e300],
+    ]
+    quadratics = [[1.0, -1.0], [0.3, -2.0], [-1.5, -1.0]]
+    rows = [[*row, 1.0] for row in cubics] + [[*row, 0.0] for row in quadratics]
+    c = torch.tensor(rows, dtype=torch.float64)
     with torch.no_grad():
         wanted = solve(c)
         assert wanted.converged.any() and not wanted.converged.all()
         assert_same(one_graph(solve)(c), wanted, rtol=1e-6)  # those that failed were on no path to anywhere
+
+
+def test_success_in_a_graph_needs_the_evidence_of_eager_mode() -> None:
+    zero, far = torch.zeros(2, 1, dtype=torch.float64), torch.full((2, 1), 2.0**53 - 2, dtype=torch.float64)
+    c = torch.tensor([[-0.9, 1.234], [-0.99, 0.777]], dtype=torch.float64)
+
+    def onward(z: Tensor, c: Tensor) -> Tensor:
+        return z + 1  # passes any relative test, far enough out, where it rounds to z
+
+    def swinging(z: Tensor, c: Tensor) -> Tensor:
+        return c[:, :1] * torch.sin(z) + c[:, 1:] * torch.cos(0.3 * z)
+
+    cases: list[tuple[Any, Tensor, Any, list[ti.Status]]] = [
+        (onward, zero, ti.Picard(rtol=0.1), [ti.Status.STALLED] * 2),
+        (onward, far, ti.Picard(rtol=0.0, atol=1e-9), [ti.Status.DIVERGED] * 2),
+        # The first one's residual is rounding's, which is all that can be had.
+        (swinging, zero, ti.Picard(rtol=0.0, atol=1e-300), [ti.Status.CONVERGED, ti.Status.MAX_STEPS]),
+    ]
+    for fn, start, solver, statuses in cases:
+        torch._dynamo.reset()
+        options: dict[str, Any] = {"solver": solver, "batch_dims": 1, "max_steps": 150, "on_failure": "ignore"}
+        solve = lambda z, c, fn=fn, options=options: ti.fixed_point(fn, z, c, **options)  # noqa: E731
+        with torch.no_grad():
+            found, wanted = one_graph(solve)(start, c), solve(start, c)
+        assert wanted.status.tolist() == statuses
+        assert_same(found, wanted, rtol=1e-6)
 
 
 @pytest.mark.parametrize("max_steps", [0, 1, 5, 13, 24])
@@ -148,12 +211,12 @@ def test_fixed_steps_in_a_graph_are_those_of_eager_mode(max_steps: int) -> None:
 
 def test_a_state_of_several_tensors_and_coarse_precision_in_a_graph() -> None:
     def fn(z: dict[str, Tensor], x: Tensor) -> dict[str, Tensor]:
-        return {"a": torch.cos(0.5 * z["b"].sum(-1) + x), "b": 0.3 * torch.tanh(z["b"]) + z["a"][..., None]}
+        a, b = torch.cos(0.5 * z["b"].sum(-1) + x), 0.3 * torch.tanh(z["b"]) + z["a"][..., None]
+        return {"a": a, "b": b.half()}
 
     def solve(x: Tensor) -> ti.Solution:
         start = {"a": torch.zeros_like(x), "b": x.new_zeros(*x.shape, 3).half()}
-        out = lambda z, x: {k: v.to(start[k].dtype) for k, v in fn(z, x).items()}  # noqa: E731
-        return ti.fixed_point(out, start, x, solver=ti.Anderson(), batch_dims=2, on_failure="ignore")
+        return ti.fixed_point(fn, start, x, solver=ti.Anderson(), batch_dims=2, on_failure="ignore")
 
     x = torch.randn(2, 3)
     with torch.no_grad():
@@ -197,6 +260,55 @@ def test_what_cannot_be_traced_is_a_break_and_keeps_its_meaning() -> None:
         for other in (ti.nn.FixedPoint(Cell()).eval(), ti.nn.FixedPoint(Cell(), solver=ti.Broyden()).eval()):
             torch._dynamo.reset()
             torch.testing.assert_close(torch.compile(other, backend="eager")(x), other(x), rtol=0, atol=0)
+
+
+def gated(z: Tensor, gate: Tensor, x: Tensor) -> Tensor:
+    return 0.8 * torch.sigmoid(gate) * torch.tanh(z) + x
+
+
+def test_functions_that_may_share_memory_are_compiled_all_the_same() -> None:
+    weight, shift = 0.2 * torch.randn(4, 4), torch.randn(4)
+
+    def views(z: Tensor, x: Tensor) -> Tensor:
+        return torch.tanh(z @ weight.T + 0.1 * z @ weight + x)
+
+    def parts(z: Tensor, gate: Tensor, x: Tensor) -> Tensor:
+        return torch.tanh(torch.sigmoid(gate) * (z @ weight.t()) + x)
+
+    def nested(z: Tensor, x: Tensor) -> Tensor:
+        return views(z, x + shift)
+
+    class Attribute(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(weight.clone())
+
+        def forward(self, z: Tensor, x: Tensor) -> Tensor:
+            return torch.tanh(z @ self.weight.T + 0.1 * z @ self.weight + x)
+
+    def closure(x: Tensor, solver: Any) -> Tensor:
+        a, b = x.chunk(2)
+        return ti.fixed_point(lambda z: torch.tanh(z @ weight.t() + a - b), torch.zeros_like(a), solver=solver).value
+
+    def given(fn: Any, count: int) -> Any:
+        def solve(x: Tensor, solver: Any) -> Tensor:
+            parts = x.chunk(2)
+            return ti.fixed_point(fn, torch.zeros_like(parts[0]), *parts[:count], solver=solver, batch_dims=1).value
+
+        return solve
+
+    x = torch.randn(6, 4)
+    for solve in (given(views, 1), given(parts, 2), given(nested, 1), given(Attribute().eval(), 1), closure):
+        for solver in (ti.Picard(check_every=3), ti.Anderson(), ti.Newton()):
+            torch._dynamo.reset()
+            with torch.no_grad():
+                found = torch.compile(solve, backend="eager")(x, solver)
+                torch.testing.assert_close(found, solve(x, solver), rtol=1e-5, atol=1e-6)
+    # Parts of one tensor are no obstacle where they are arguments.
+    with torch.no_grad():
+        torch._dynamo.reset()
+        found = one_graph(given(gated, 2))(x, ti.Anderson())
+        torch.testing.assert_close(found, given(gated, 2)(x, ti.Anderson()), rtol=1e-5, atol=1e-6)
 
 
 def test_a_cell_that_draws_masks_is_not_traced() -> None:

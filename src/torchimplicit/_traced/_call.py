@@ -13,6 +13,7 @@ from .._solution import AdjointReport, PyTree, Solution, Status
 from ..linear import LU
 from ..solvers import Anderson, Method, Newton, Picard
 from ._anderson import AndersonSteps
+from ._body import reason_against_body
 from ._equation import TracedEquation
 from ._loop import TracedSteps, solve
 from ._newton import NewtonSteps
@@ -42,7 +43,7 @@ def reason_against(
             return "complex states cannot; give their real and imaginary parts"
         if isinstance(leaf, Tensor) and torch.is_autocast_enabled(leaf.device.type):
             return "autocast cannot; convert the model"
-    return None
+    return reason_against_body(fn)
 
 
 def run_traced(
@@ -60,6 +61,8 @@ def run_traced(
     steps = _steps_of(solver)
     assert solver is not None
     assert steps is not None
+    # Copies: inputs may be views of one tensor, as the parts that `chunk` makes are.
+    args = pytree.tree_map(lambda a: a.clone() if isinstance(a, Tensor) else a, args)
     equation = TracedEquation(kind, fn, args, layout, solver)
     with torch.no_grad():
         books = solve(equation, steps, start, steps.max_steps if max_steps is None else max_steps)
