@@ -87,12 +87,17 @@ def main() -> None:
         torch.manual_seed(seed)
         meter = Meter()
         layer = ti.nn.EquilibriumTransformer(FEATURES, heads=2, span=SPAN, solver=ti.Picard(rtol=1e-4))
+        with torch.no_grad():
+            layer.cell.bias[:, 0] = 3.0  # begin by looking at the nearest position
         model = Tagger(layer)
         losses = train(model, chosen.steps, chosen.length, f"equilibrium, seed {seed}", meter)
         run = {"seed": seed, "parameters": parameters(model), "loss": losses[-1], **meter.figures()}
         run |= {f"accuracy_{n}": accuracy(model, n) for n in (32, 64, 128, 256)}
         torch.manual_seed(seed)
-        twin = Tagger(OnePass(ti.nn.EquilibriumTransformer(FEATURES, heads=2, span=SPAN), depth=4))
+        block = ti.nn.EquilibriumTransformer(FEATURES, heads=2, span=SPAN)
+        with torch.no_grad():
+            block.cell.bias[:, 0] = 3.0
+        twin = Tagger(OnePass(block, depth=4))
         run["twin_loss"] = train(twin, chosen.steps, chosen.length, f"4 passes, seed {seed}")[-1]
         run |= {f"twin_accuracy_{n}": accuracy(twin, n) for n in (32, 128)}
         runs.append(run)
@@ -110,8 +115,8 @@ def main() -> None:
             runs=runs,
             literature="98.1 % (fixed-point reasoning model, trained at 32)",
             source="research/frontier.md, table 5, row 11 (second-hand)",
-            note="Every prefix's parity is a target; lengths grow from 2 to 32. Seed 1 learns nothing. "
-            "The twin: the same block four times.",
+            note="Every prefix's parity is a target; lengths grow from 2 to 32. The twin: the same block four times. "
+            "Without a bias at the beginning accuracies were 0.952, 0.480 and 1.000 (seeds 0 to 2): one failed.",
         )
 
 
