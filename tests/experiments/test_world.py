@@ -38,6 +38,22 @@ def counted(*arguments, **options):
 train.train_batch = counted
 app(sys.argv[1:])
 """
+SPOILER = """
+import os, sys
+from torchimplicit.experiments import step
+from torchimplicit.experiments.cli import app
+
+original, left = step.nn.functional.cross_entropy, 3
+
+def spoilt(logits, labels, **options):
+    global left
+    left -= logits.requires_grad
+    return original(logits, labels, **options) + (float("inf") if left == 0 and os.environ["RANK"] == "1" else 0.0)
+
+step.nn.functional.cross_entropy = spoilt
+app(sys.argv[1:])
+"""
+"""Once the second process's loss is infinite, and the gradient that it has by itself is finite."""
 TIMES = {"seconds", "test_seconds"}
 CALLS = {"evaluations_forward", "evaluations_backward", "test_evaluations"}
 """Of all processes together, each of which makes as many for its part as it needs."""
@@ -126,6 +142,17 @@ def test_the_weights_as_safetensors_are_those_of_the_checkpoint(killed: tuple[Pa
 
 
 @pytest.mark.slow
+def test_a_loss_that_is_not_finite_in_one_process_makes_all_skip_the_step(small_data: Path, tmp_path: Path) -> None:
+    done = _launch(SPOILER, tmp_path / "run", small_data, 2, restarts=5)
+    assert done.returncode == 0, done.stderr
+    batches = _rows(tmp_path / "run", "batches.jsonl")
+    assert [b["batch"] for b in batches if b["skipped"]] == [2]
+    assert batches[2]["skipped"] == "non-finite loss"
+    weights = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["model"]
+    assert all(bool(w.isfinite().all()) for w in weights.values())
+
+
+@pytest.mark.slow
 def test_an_error_is_told_once_and_ends_all(alone: Path, small_data: Path) -> None:
     before = (alone / "metrics.jsonl").read_bytes()
     done = _launch(RUN, alone, small_data, 2)
@@ -173,22 +200,17 @@ def test_a_batch_is_divided_in_order_and_evenly() -> None:
     assert [World(1, 2, local_rank=1).device(name) for name in ("cpu", "cuda", "cuda:5")] == ["cpu", "cuda:1", "cuda:5"]
 
 
-class _Three(World):
-    """Three processes' numbers in one: the others' are twice and three times this one's."""
-
-    def gathered(self, numbers: list[float]) -> list[list[float]]:
-        return [numbers, [2 * n for n in numbers], [3 * n for n in numbers]]
-
-
 def test_records_of_parts_make_that_of_the_batch() -> None:
     solves = Solves(10, 7, 60, 9, 5, 3, {"STALLED": 1}, {"NONFINITE": 2})
-    whole = BatchRecord(1, 2, 10, 0.5, 4, solves).of_all(_Three(0, 3))
+    part = BatchRecord(1, 2, 10, 0.5, 4, solves)
+    # The others' numbers are twice and three times this one's.
+    whole = part.of_all([[by * n for n in part.numbers()] for by in (1, 2, 3)])
     assert (whole.epoch, whole.batch, whole.size, whole.wrong) == (1, 2, 60, 24)
     # The sum of the losses is 5, and here 10 and 15 elsewhere.
     assert whole.loss == pytest.approx(30 / 60)
     assert whole.solves == Solves(60, 21, 360, 54, 30, 18, {"STALLED": 6}, {"NONFINITE": 12})
     nothing = BatchRecord(1, 2, 0, float("nan"), 0, Solves())
-    assert nothing.of_all(World()) is nothing
+    assert part.of_all([part.numbers(), nothing.numbers()]) == part
 
 
 def test_what_the_first_process_meets_is_no_error_of_its_own_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,6 @@ import torch
 
 import torchimplicit as ti
 from torchimplicit.experiments.recipe import CLASSES
-from torchimplicit.experiments.world import World
 
 _SUMMED = ("samples", "steps", "converged", "evaluations_forward", "evaluations_backward")
 
@@ -82,12 +81,11 @@ class BatchRecord:
             "skipped": self.skipped,
         }
 
-    def of_all(self, world: World) -> BatchRecord:
-        """The record of a whole batch, of whose parts the processes have one each."""
-        if world.size == 1:
-            return self
+    def numbers(self) -> list[float]:
+        """What the processes have to tell each other, each of its part of a batch."""
         solves = self.solves
-        sums = [
+        return [
+            float(solves.iterations),
             float(self.size),
             self.loss * self.size if self.size else 0.0,
             float(self.wrong),
@@ -98,7 +96,9 @@ class BatchRecord:
                 for s in ti.Status
             ),
         ]
-        parts = world.gathered([float(solves.iterations), *sums])
+
+    def of_all(self, parts: list[list[float]]) -> BatchRecord:
+        """The record of the whole batch, from the `numbers` of all its parts."""
         size, loss, wrong, *counts = (sum(column) for column in [*zip(*parts, strict=True)][1:])
         figures = dict(zip(_SUMMED, map(int, counts), strict=False))
         of_status = [int(c) for c in counts[len(_SUMMED) :]]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torchimplicit.experiments.config import PRECISIONS
 from torchimplicit.experiments.errors import ExperimentError
 from torchimplicit.experiments.metrics import BatchRecord, Solves
 from torchimplicit.experiments.recipe import with_penalty
+from torchimplicit.experiments.replica import Replica
 from torchimplicit.experiments.world import World
 
 OVERFLOW = "the scaled loss left the range of float16"
@@ -64,8 +66,9 @@ def train_batch(
     epoch: int,
     number: int,
     scheme: Scheme | None = None,
-    replica: nn.Module | None = None,
+    replica: Replica | None = None,
     size: int | None = None,
+    meanwhile: Callable[[], object] | None = None,
 ) -> BatchRecord:
     """One forward pass, one backward pass, one step of plain gradient descent, unless a number is not finite.
 
@@ -83,10 +86,10 @@ def train_batch(
         scheme: None is single precision, alone.
         replica: the model as several processes train it.
         size: of the whole batch, of which they have parts.
+        meanwhile: what there is to do while they wait for each other.
     """
     scheme = scheme or Scheme()
-    world = scheme.world
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=replica is None)  # a replica's gradients lie in its messages
     penalty = None
     with ti.monitor(model) as log:
         with scheme.autocast(images.device):
@@ -95,7 +98,7 @@ def train_batch(
             )
         logits = logits.float() if logits.dtype.itemsize < 4 else logits
         wrong = int((logits.detach().argmax(dim=1) != labels).sum())
-        if world.size == 1:
+        if replica is None:
             loss = nn.functional.cross_entropy(logits, labels)
             value, gradient_norm, skipped = loss.item(), None, None
             if jacobian is not None:
@@ -109,17 +112,21 @@ def train_batch(
                 epoch, number, len(labels), value, wrong, Solves.of(log), gradient_norm, skipped, penalty
             )
         loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
-        # The mean over the processes is taken of their gradients. Whatever the loss is, all take a backward pass.
-        _backward(loss * (world.size / (size or len(labels))), optimizer, scheme)
-    mean = loss.item() / max(len(labels), 1)
-    record = BatchRecord(epoch, number, len(labels), mean, wrong, Solves.of(log)).of_all(world)
+        value = loss.item()
+        # The mean over the processes is taken of their gradients. Whatever the loss is, all take a backward pass; one
+        # that is not finite spoils the gradient of all, as is only right.
+        share = replica.size / (size or len(labels)) if math.isfinite(value) else math.nan
+        record = BatchRecord(epoch, number, len(labels), value / max(len(labels), 1), wrong, Solves())
+        parts = replica.backward(
+            lambda: _backward(loss * share, optimizer, scheme),
+            lambda: replace(record, solves=Solves.of(log)).numbers(),
+            meanwhile,
+        )
+    record = record.of_all(parts)
+    gradient_norm, skipped = _step(optimizer, scheme)
     if math.isfinite(record.loss):
-        record.gradient_norm, record.skipped = _step(optimizer, scheme)
-    else:
-        record.skipped = "non-finite loss"
-        if scheme.scaler is not None:
-            scheme.scaler.update()
-    return record
+        return replace(record, gradient_norm=gradient_norm, skipped=skipped)
+    return replace(record, skipped="non-finite loss")
 
 
 def _backward(loss: Tensor, optimizer: torch.optim.Optimizer, scheme: Scheme) -> None:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torchimplicit.experiments.config import TrainConfig
 from torchimplicit.experiments.console import Reporter
 from torchimplicit.experiments.data import Digits, Split
 from torchimplicit.experiments.errors import ExperimentError
+from torchimplicit.experiments.feed import Feed
 from torchimplicit.experiments.metrics import BatchRecord, EpochTotals, Solves
 from torchimplicit.experiments.recipe import make_model
 from torchimplicit.experiments.step import Scheme, train_batch
@@ -134,6 +136,7 @@ class _Trainer:
 
     def _epoch(self, epoch: int) -> None:
         batches = list(self._batches(epoch))
+        feed = Feed(lambda number: self.train_split.batch(self.job.world.share(batches[number])), len(batches))
         begin = self.progress.batch
         totals = EpochTotals(**self.progress.totals)
         rate = self.config.learning_rate(epoch)
@@ -143,7 +146,7 @@ class _Trainer:
         self.model.train()
         before, clock = totals.seconds, time.perf_counter()
         for number in range(begin, len(batches)):
-            images, labels = self.train_split.batch(self.job.world.share(batches[number]))
+            images, labels = feed.take(number)
             record = train_batch(
                 self.model,
                 self.optimizer,
@@ -154,6 +157,7 @@ class _Trainer:
                 self.scheme,
                 self.replica,
                 len(batches[number]),
+                partial(feed.prepare, number + 1),
             )
             totals.add(record)
             totals.seconds = before + time.perf_counter() - clock
@@ -208,7 +212,9 @@ def evaluate(model: nn.Module, split: Split, scheme: Scheme | None = None) -> di
             logits = model(images)
         loss = nn.functional.cross_entropy(logits.float(), labels).item()
         wrong = int((logits.argmax(dim=1) != labels).sum())
-        totals.add(BatchRecord(-1, number, len(labels), loss, wrong, Solves.of(log)).of_all(scheme.world))
+        record = BatchRecord(-1, number, len(labels), loss, wrong, Solves.of(log))
+        world = scheme.world
+        totals.add(record if world.size == 1 else record.of_all(world.gathered(record.numbers())))
     summary = totals.summary()
     return {
         "test_error": summary["train_error"],

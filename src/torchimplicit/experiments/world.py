@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from torchimplicit.experiments.errors import ExperimentError
+from torchimplicit.experiments.replica import Replica
 
 Thing = TypeVar("Thing")
 
@@ -55,9 +55,9 @@ class World:
         """Its part of a batch of indices, in order; the parts differ by one at most, and may be empty."""
         return index if self.size == 1 else index.tensor_split(self.size)[self.rank]
 
-    def replicated(self, model: nn.Module) -> nn.Module:
-        """The model as all processes train it: what the first one has, with the mean of all gradients."""
-        return model if self.size == 1 else DistributedDataParallel(model)
+    def replicated(self, model: nn.Module) -> Replica | None:
+        """The model as several processes train it: what the first one has, with the mean of all gradients."""
+        return None if self.size == 1 else Replica(model, self.rank, self.size)
 
     def gathered(self, numbers: list[float]) -> list[list[float]]:
         """The numbers of every process, in order."""
