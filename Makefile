@@ -106,6 +106,9 @@ distributed: $(VENV)/.train ## compare the speed of two processes and of one on 
 soak: $(VENV)/.train ## train 20,000 steps with rate spikes, NaN inputs and kills
 	$(BIN)/python -m benchmarks.soak
 
+certificates: $(VENV)/.train ## compare what layers claim with 1,000 random instances of each (15 minutes)
+	$(BIN)/python -m benchmarks.certificates
+
 mutants: $(VENV)/.train $(VENV)/.dev ## put mistakes into copies of the derivative engine: the tests must notice each
 	$(BIN)/python -m benchmarks.mutants
 

@@ -7,12 +7,8 @@ Writes `benchmarks/results/certificates.json`. A ratio is what was found over wh
 """
 
 import argparse
-import json
-import platform
+import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -20,45 +16,14 @@ import torch
 from torch import Tensor
 
 import torchimplicit as ti
+from benchmarks.certificate_cases import STRUCTURED, Case
+from benchmarks.record import RESULTS, circumstances, write
 
 ROUNDING = 1e-9
+"""What a ratio may exceed 1 by."""
+CLOSE = 1e-6
+"""Distance of the solutions from two starts."""
 IMAGES = 6
-
-
-@dataclass(frozen=True)
-class Case:
-    """How to make a layer, and its inputs."""
-
-    make: Callable[[], Any]
-    inputs: Callable[[int], Tensor]
-    sized: bool = False
-
-    def certificate(self, layer: Any) -> ti.nn.Certificate:
-        """Of a layer, on images of the size of the inputs where that matters."""
-        return layer.certificate((IMAGES, IMAGES)) if self.sized else layer.certificate()
-
-
-def _rows(count: int) -> Tensor:
-    return torch.randn(count, 3)
-
-
-def _images(count: int) -> Tensor:
-    return torch.randn(count, 1, IMAGES, IMAGES)
-
-
-CASES = {
-    "ContractiveLinear": Case(lambda: ti.nn.ContractiveLinear(3, 6), _rows),
-    "ContractiveLinear-inf": Case(lambda: ti.nn.ContractiveLinear(3, 6, norm="inf"), _rows),
-    "ContractiveConv2d": Case(lambda: ti.nn.ContractiveConv2d(1, 2), _images),
-    "ContractiveConv2d-inf": Case(lambda: ti.nn.ContractiveConv2d(1, 2, norm="inf"), _images),
-    "MonotoneLinear": Case(lambda: ti.nn.MonotoneLinear(3, 6), _rows),
-    "MonotoneLinear-tanh": Case(lambda: ti.nn.MonotoneLinear(3, 6, activation="tanh"), _rows),
-    "MonotoneConv2d": Case(lambda: ti.nn.MonotoneConv2d(1, 2, padding=1), _images, sized=True),
-    "MonotoneTiers": Case(lambda: ti.nn.MonotoneTiers(1, (2, 2), 1), _images, sized=True),
-    "LipschitzBounded": Case(lambda: ti.nn.LipschitzBounded(3, 6, 2), _rows),
-    "NonEuclideanMonotone": Case(lambda: ti.nn.NonEuclideanMonotone(3, 6), _rows),
-    "PositiveConcave": Case(lambda: ti.nn.PositiveConcave(3, 6), _rows),
-}
 
 
 @torch.no_grad()
@@ -70,11 +35,11 @@ def scramble(layer: Any) -> None:
 
 
 @torch.no_grad()
-def findings(case: Case, layer: Any) -> dict[str, float]:
+def findings(layer: Any, x: Tensor) -> dict[str, float]:
     """The ratios of one instance, the distance of two starts, and whether all converged."""
-    certificate = case.certificate(layer)
+    sized = isinstance(layer, ti.nn.MonotoneConv2d | ti.nn.MonotoneTiers)
+    certificate = layer.certificate((IMAGES, IMAGES)) if sized else layer.certificate()
     assert certificate.well_posed
-    x = case.inputs(4)
     map_, (c,) = layer._bound(x)
     n = c[0].numel()
     start, matrix = torch.zeros_like(c), _matrix(map_, c)
@@ -160,6 +125,30 @@ def _tensors(value: Any) -> tuple[Tensor, ...]:
     return value if isinstance(value, tuple) else (value,)
 
 
+def _rows(count: int) -> tuple[Tensor, ...]:
+    return (torch.randn(count, 3),)
+
+
+def _images(count: int) -> tuple[Tensor, ...]:
+    return (torch.randn(count, 1, IMAGES, IMAGES),)
+
+
+CASES = {
+    "ContractiveLinear": Case(lambda: ti.nn.ContractiveLinear(3, 6), _rows, findings),
+    "ContractiveLinear-inf": Case(lambda: ti.nn.ContractiveLinear(3, 6, norm="inf"), _rows, findings),
+    "ContractiveConv2d": Case(lambda: ti.nn.ContractiveConv2d(1, 2), _images, findings),
+    "ContractiveConv2d-inf": Case(lambda: ti.nn.ContractiveConv2d(1, 2, norm="inf"), _images, findings),
+    "MonotoneLinear": Case(lambda: ti.nn.MonotoneLinear(3, 6), _rows, findings),
+    "MonotoneLinear-tanh": Case(lambda: ti.nn.MonotoneLinear(3, 6, activation="tanh"), _rows, findings),
+    "MonotoneConv2d": Case(lambda: ti.nn.MonotoneConv2d(1, 2, padding=1), _images, findings),
+    "MonotoneTiers": Case(lambda: ti.nn.MonotoneTiers(1, (2, 2), 1), _images, findings),
+    "LipschitzBounded": Case(lambda: ti.nn.LipschitzBounded(3, 6, 2), _rows, findings),
+    "NonEuclideanMonotone": Case(lambda: ti.nn.NonEuclideanMonotone(3, 6), _rows, findings),
+    "PositiveConcave": Case(lambda: ti.nn.PositiveConcave(3, 6), _rows, findings),
+    **STRUCTURED,
+}
+
+
 def instances(case: Case, count: int, seed: int = 0) -> dict[str, float]:
     """The worst finding of so many random instances."""
     torch.manual_seed(seed)
@@ -167,7 +156,7 @@ def instances(case: Case, count: int, seed: int = 0) -> dict[str, float]:
     for _ in range(count):
         layer = case.make()
         scramble(layer)
-        for name, value in findings(case, layer).items():
+        for name, value in case.findings(layer, *case.inputs(4)).items():
             worst[name] = value + worst.get(name, 0.0) if name == "failures" else max(value, worst.get(name, 0.0))
     return worst
 
@@ -180,37 +169,43 @@ def trained(case: Case, steps: int, rate: float = 0.3, seed: int = 0) -> dict[st
     x = case.inputs(4)
     for _ in range(steps):
         loss = sum(
-            (z.flatten(1).sum(1) - 5.0 * torch.sin(3.0 * x.flatten(1).sum(1))).square().mean()
-            for z in _tensors(layer(x))
+            (z.flatten(1).sum(1) - 5.0 * torch.sin(3.0 * x[0].flatten(1).sum(1))).square().mean()
+            for z in _tensors(layer(*x))
         )
         assert isinstance(loss, Tensor)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-    return findings(case, layer)
+    return case.findings(layer, *x)
 
 
-def main() -> None:
-    """All layers."""
+def holds(found: dict[str, float]) -> bool:
+    """Whether no claim is exceeded by more than rounding, two starts end alike, and all samples converge."""
+    within = all(found.get(claim, 0.0) <= 1 + ROUNDING for claim in ("condition", "lipschitz"))
+    return within and found["starts"] <= CLOSE and not found["failures"]
+
+
+def main() -> int:
+    """All layers; 1 if a claim does not hold."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--instances", type=int, default=1000)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--layers", nargs="+", default=list(CASES), choices=list(CASES))
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "certificates.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "certificates.json")
     chosen = parser.parse_args()
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
-    result: dict[str, Any] = json.loads(chosen.out.read_text()) if chosen.out.exists() else {"layers": {}}
+    layers: dict[str, Any] = {}
     for name in chosen.layers:
         begun = time.process_time()
         one = instances(CASES[name], chosen.instances)
         two = trained(CASES[name], chosen.steps)
-        result["layers"][name] = {"instances": one, "trained": two, "count": chosen.instances, "steps": chosen.steps}
+        layers[name] = {"instances": one, "trained": two, "holds": holds(one) and holds(two)}
         print(f"{name}: {one} trained: {two} ({time.process_time() - begun:.0f} s)", flush=True)
-        result |= {"date": date.today().isoformat(), "command": "python -m benchmarks.certificates"}
-        result["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
-        chosen.out.write_text(json.dumps(result, indent=2) + "\n")
+        facts = {"instances": chosen.instances, "steps": chosen.steps, "layers": layers}
+        write(chosen.out, circumstances("benchmarks.certificates", sys.argv[1:]) | facts)
+    return int(not all(layer["holds"] for layer in layers.values()))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
