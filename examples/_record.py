@@ -1,166 +1,153 @@
-"""What the examples on sequences, graphs and equations share: options, a clock, a plot, and the record of a result."""
+"""The recorded result of an example: one format, in which the runs of other seeds and models are kept.
 
-from __future__ import annotations
+`results/NAME.json` holds what was measured and what it stands beside, then the runs of each model, one for a seed, each
+with its figures and with the command, date, versions and threads it was obtained with. Figures that have one meaning
+in all examples: `parameters`, `evaluations_forward` and `evaluations_backward` (per batch), `converged` (a fraction),
+`wall_s`, `processor_s`, `peak_memory_mb` (of the process up to then).
+"""
 
-import argparse
 import json
 import platform
-import resource
+import re
 import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
-from matplotlib.figure import Figure
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from torch import Tensor, nn
+from torch import nn
 
 import torchimplicit as ti
+from examples._meter import peak_memory_mb
+from examples._options import HERE, Options
 
-HERE = Path(__file__).parent
-
-
-def options(description: str, **extra: Any) -> argparse.Namespace:
-    """The command line: `--seeds 0 1 2`, `--threads 1`, and `--NAME` for every further keyword with its default."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--threads", type=int, default=1)
-    for name, default in extra.items():
-        parser.add_argument(f"--{name}", type=type(default), default=default)
-    chosen = parser.parse_args()
-    torch.set_num_threads(chosen.threads)
-    return chosen
-
-
-@contextmanager
-def progress(what: str, total: int) -> Iterator[Callable[[str], None]]:
-    """A progress bar; call what it gives once per step, with a text to show beside it."""
-    if not sys.stdout.isatty():
-        done = 0
-
-        def print_some(text: str) -> None:
-            nonlocal done
-            done += 1
-            if done % max(total // 20, 1) == 0:
-                print(f"{what}: {done}/{total} {text}", flush=True)
-
-        yield print_some
-        return
-    columns = (
-        TextColumn(what),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[say]}"),
-    )
-    with Progress(*columns) as bar:
-        task = bar.add_task(what, total=total, say="")
-        yield lambda say: bar.update(task, advance=1, say=say)
+STANDARD = (
+    "parameters",
+    "evaluations_forward",
+    "evaluations_backward",
+    "converged",
+    "wall_s",
+    "processor_s",
+    "peak_memory_mb",
+)
+MADE = ("command", "date", "versions", "threads")
 
 
-class Meter:
-    """Counts what solves cost and how many samples converged, from the Solutions it is shown."""
+@dataclass(frozen=True)
+class Experiment:
+    """What an example measures, and the figures it stands beside.
 
-    def __init__(self) -> None:
-        self.forward: list[int] = []
-        self.backward: list[int] = []
-        self.converged = self.samples = 0
-        self._pending: ti.Solution | None = None
-        self.began = time.perf_counter()
-
-    def see(self, solution: ti.Solution) -> Tensor:
-        """Take note of a solve; returns its value."""
-        self._settle()
-        self.forward.append(solution.evaluations)
-        self.converged += int(solution.converged.sum())
-        self.samples += solution.converged.numel()
-        self._pending = solution
-        return solution.value
-
-    def _settle(self) -> None:
-        if self._pending is not None and self._pending.adjoint.evaluations is not None:
-            self.backward.append(self._pending.adjoint.evaluations)
-        self._pending = None
-
-    def figures(self) -> dict[str, float]:
-        """Evaluations per batch, converged fraction, seconds since it was made."""
-        self._settle()
-        return {
-            "evaluations_forward": statistics.fmean(self.forward or [0]),
-            "evaluations_backward": statistics.fmean(self.backward or [0]),
-            "converged_fraction": self.converged / max(self.samples, 1),
-            "seconds": time.perf_counter() - self.began,
-        }
-
-
-def parameters(*modules: nn.Module) -> int:
-    """How many there are."""
-    return sum(p.numel() for module in modules for p in module.parameters())
-
-
-def record(
-    name: str, *, what: str, metric: str, runs: list[dict[str, Any]], literature: str, source: str, note: str = ""
-) -> None:
-    """Write `results/NAME.json`: every run, mean and standard deviation of each figure, and how they were obtained.
-
-    Runs of other seeds that are there already are kept, if `what` and `note` are the same.
-
-    Args:
-        name: of the file.
-        what: is measured, in a sentence.
-        metric: the figure of the runs that counts.
-        runs: one for each seed.
-        literature: the figure to compare with.
-        source: of that.
-        note: what a reader should know.
+    `models` names each model that is run and the literature's figure for it, if there is one. `bar` is what `metric`
+    must reach; None where the literature has no figure that can be compared.
     """
-    folder = HERE / "results"
-    folder.mkdir(exist_ok=True)
-    file = folder / f"{name}.json"
-    if file.exists():
-        before = json.loads(file.read_text())
-        if (before["what"], before["note"]) == (what, note):
-            mine = {r["seed"] for r in runs}
-            runs = sorted([*runs, *(r for r in before["runs"] if r["seed"] not in mine)], key=lambda r: r["seed"])
-    keys = [k for k in runs[0] if k != "seed" and isinstance(runs[0][k], int | float)]
-    mean = {k: statistics.fmean(r[k] for r in runs) for k in keys}
-    sd = {k: statistics.stdev(r[k] for r in runs) if len(runs) > 1 else None for k in keys}
-    result = {
-        "name": name,
-        "what": what,
-        "metric": metric,
-        "mean": mean,
-        "sd": sd,
-        "runs": runs,
-        "literature": literature,
-        "source": source,
-        "note": note,
-        "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+
+    name: str
+    title: str
+    metric: str
+    ours: str
+    models: dict[str, str]
+    twin: str | None = None
+    unit: str = ""
+    more_is_better: bool = True
+    bar: float | None = None
+    literature: str = ""
+    source: str = ""
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in (self.ours, self.twin or self.ours):
+            if name not in self.models:
+                raise ValueError(f"'{name}' is not among the models: {', '.join(self.models)}")
+
+
+@dataclass
+class Record:
+    """The result file of an experiment in one setting, written anew with each run."""
+
+    experiment: Experiment
+    out: Path
+    settings: dict[str, Any]
+    models: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    more: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, experiment: Experiment, chosen: Options, **settings: Any) -> "Record":
+        """The record as it is, or an empty one where there is none in this setting."""
+        made = cls(experiment, chosen.out, chosen.settings | settings)
+        if made.path.exists():
+            before = json.loads(made.path.read_text())
+            if before["settings"] == made.settings:
+                made.models = {name: model["runs"] for name, model in before["models"].items()}
+                made.more = before.get("more", {})
+            else:
+                print(f"{made.path}: its runs had other settings and will be replaced")
+        return made
+
+    @property
+    def path(self) -> Path:
+        """Where it is."""
+        return self.out / "results" / f"{self.experiment.name}.json"
+
+    def add(self, model: str, seed: int, **figures: Any) -> None:
+        """Put a run in the place of the one of the same seed, write, and say how the model stands."""
+        self.put(model, {"seed": seed, "peak_memory_mb": peak_memory_mb()} | figures | circumstances())
+        values = [run[self.experiment.metric] for run in self.models[model]]
+        spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
+        print(f"{model}: {self.experiment.metric} {statistics.fmean(values):.5g}{spread}, {len(values)} seed(s)")
+        self.write()
+
+    def keep(self, model: nn.Module, seed: int) -> None:
+        """Leave the parameters of a recorded run in `runs/examples`, which git ignores."""
+        if self.out == HERE:
+            folder = HERE.parent / "runs" / "examples"
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.save(model.state_dict(), folder / f"{self.experiment.name}-{seed}.pt")
+
+    def put(self, model: str, run: dict[str, Any]) -> None:
+        """Put a run, which says all of itself, in the place of the one of the same seed."""
+        if model not in self.experiment.models:
+            raise ValueError(f"'{model}' is not among the models: {', '.join(self.experiment.models)}")
+        run = {k: float(f"{v:.9g}") if isinstance(v, float) else v for k, v in run.items()}
+        others = [r for r in self.models.get(model, []) if r["seed"] != run["seed"]]
+        self.models[model] = sorted([*others, run], key=lambda r: r["seed"])
+
+    def write(self) -> None:
+        """Write `results/NAME.json`."""
+        e = self.experiment
+        content = {
+            "name": e.name,
+            "title": e.title,
+            "metric": e.metric,
+            "unit": e.unit,
+            "more_is_better": e.more_is_better,
+            "ours": e.ours,
+            "twin": e.twin,
+            "bar": e.bar,
+            "literature": e.literature,
+            "source": e.source,
+            "notes": list(e.notes),
+            "settings": self.settings,
+            "models": {
+                name: {"literature": literature, "runs": self.models[name]}
+                for name, literature in e.models.items()
+                if name in self.models
+            },
+        }
+        content |= {"more": self.more} if self.more else {}
+        text = json.dumps(content, indent=2, ensure_ascii=False)
+        # A list of numbers on one line.
+        text = re.sub(r"\[\s+([-\d.,\se+]+?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(text + "\n")
+
+
+def circumstances() -> dict[str, Any]:
+    """How to obtain this run again: command, date, versions, threads."""
+    return {
+        "command": " ".join(["python -m", f"examples.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "torchimplicit": ti.__version__},
         "threads": torch.get_num_threads(),
-        "command": " ".join(["python", f"examples/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
     }
-    file.write_text(json.dumps(result, indent=2) + "\n")
-    spread = "" if sd[metric] is None else f" ± {sd[metric]:.3g}"
-    print(f"{what}: {metric} = {mean[metric]:.6g}{spread} over {len(runs)} seed(s); literature: {literature}")
-
-
-@contextmanager
-def figure(name: str, width: float = 7.0, height: float = 3.2, columns: int = 1) -> Iterator[Any]:
-    """Axes to draw on, saved as `plots/NAME.png`."""
-    made: tuple[Figure, Any] = plt.subplots(1, columns, figsize=(width, height), constrained_layout=True)
-    yield made[1]
-    folder = HERE / "plots"
-    folder.mkdir(exist_ok=True)
-    made[0].savefig(folder / f"{name}.png", dpi=110)
-    plt.close(made[0])

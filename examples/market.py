@@ -1,13 +1,21 @@
-"""A market's equilibrium as a layer: prices of an exchange economy, their derivatives, and tastes learned from prices.
+"""A market's equilibrium as a layer, with tastes learned from prices: `python -m examples.market`.
 
-python examples/market.py
+The prices of an exchange economy clear its markets. Their derivatives come from the implicit function theorem, and the
+mean tastes of the agents are learned from the prices of 64 markets, then used to predict those of 64 others. The
+explicit twin is a perceptron from endowments to prices: it has to learn what a market is.
 """
 
+from collections.abc import Sequence
+
 import torch
-from _record import Meter, figure, options, progress, record
-from torch import Tensor
+from torch import Tensor, nn
 
 import torchimplicit as ti
+from examples._meter import Meter, parameters
+from examples._options import Options, options, sane
+from examples._plot import figure
+from examples._progress import progress
+from examples._record import Experiment, Record
 
 GOODS, AGENTS, MARKETS = 5, 8, 64
 
@@ -44,11 +52,54 @@ def gradient_error(endowment: Tensor, taste: Tensor, meter: Meter) -> float:
     return abs(float(((grad * change).sum() - exact) / exact))
 
 
-def main() -> None:
+def learn(guess: list[Tensor], predict, seen: Tensor, steps: int, rate: float, what: str) -> list[float]:
+    """Adam on the mean squared error of `predict()`; the losses."""
+    optimizer = torch.optim.Adam(guess, lr=rate)
+    losses = []
+    with progress(what, steps) as advance:
+        for _ in range(steps):
+            loss = (predict() - seen).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+            advance(f"loss {loss.item():.1e}")
+    return losses
+
+
+def perceptron() -> nn.Module:
+    """The explicit twin: `(B, agents, goods)` to log prices."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(AGENTS * GOODS, 32), nn.Tanh(), nn.Linear(32, GOODS - 1))
+
+
+EXPERIMENT = Experiment(
+    name="market",
+    title="A market's equilibrium",
+    metric="price_error",
+    more_is_better=False,
+    ours="equilibrium",
+    twin="perceptron",
+    models={"equilibrium": "", "perceptron": ""},
+    literature="none",
+    notes=(
+        "price_error: of the log prices of 64 markets that were not seen, root mean square; price_spread: the error of "
+        "predicting their mean",
+        "gradient_error: of prices with respect to endowments, against central differences, relative",
+    ),
+)
+
+
+def command_line(argv: Sequence[str] | None = None) -> Options:
+    """The options."""
+    return options(argv, __doc__ or "", smoke={"steps": 40}, steps=200)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     """Learn the mean tastes of the agents from the prices of 64 markets, and predict those of 64 others."""
-    chosen = options("market equilibrium", steps=200)
+    chosen = command_line(argv)
     torch.set_default_dtype(torch.float64)
-    runs, histories = [], []
+    record = Record.open(EXPERIMENT, chosen)
+    histories = []
     for seed in chosen.seeds:
         torch.manual_seed(seed)
         meter = Meter()
@@ -57,44 +108,33 @@ def main() -> None:
         with torch.no_grad():
             seen, held_out = (equilibrium(e, taste, meter) for e in (endowment, others))
         guess = torch.zeros(AGENTS, GOODS, requires_grad=True)
-        optimizer = torch.optim.Adam([guess], lr=0.1)
-        losses = []
-        with progress(f"market, seed {seed}", chosen.steps) as advance:
-            for _ in range(chosen.steps):
-                loss = (equilibrium(endowment, guess.softmax(1), meter) - seen).square().mean()
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                losses.append(loss.item())
-                advance(f"loss {loss.item():.1e}")
-        with torch.no_grad():
-            error = (equilibrium(others, guess.softmax(1), meter) - held_out).square().mean().sqrt()
-            naive = held_out.std()
-        histories.append(losses)
-        runs.append(
-            {
-                "seed": seed,
-                "price_error": error.item(),
-                "price_spread": naive.item(),
-                "gradient_error": gradient_error(endowment, taste, meter),
-                "parameters": guess.numel(),
-                **meter.figures(),
-            }
+        losses = learn(
+            [guess],
+            lambda e=endowment, g=guess, m=meter: equilibrium(e, g.softmax(1), m),
+            seen,
+            chosen.steps,
+            0.1,
+            f"market, seed {seed}",
         )
-        print(runs[-1], flush=True)
-    with figure("market", width=4.5) as axes:
+        with torch.no_grad():
+            error = (equilibrium(others, guess.softmax(1), meter) - held_out).square().mean().sqrt().item()
+        histories.append(losses)
+        spread, wrong = held_out.std().item(), gradient_error(endowment, taste, meter)
+        figures = {"price_error": error, "price_spread": spread, "gradient_error": wrong}
+        record.add("equilibrium", seed, **figures, parameters=guess.numel(), **meter.figures())
+
+        torch.manual_seed(seed)
+        meter, twin = Meter(), perceptron()
+        learn(list(twin.parameters()), lambda e=endowment, t=twin: t(e), seen, 5 * chosen.steps, 1e-2, f"twin, {seed}")
+        with torch.no_grad():
+            missed = (twin(others) - held_out).square().mean().sqrt().item()
+        record.add("perceptron", seed, price_error=missed, parameters=parameters(twin), **meter.figures())
+        sane(chosen, "a gradient within 1e-6 of differences", wrong < 1e-6)
+        sane(chosen, "an error below half the spread of the prices", error < spread / 2)
+    with figure(chosen.out, "market", width=4.5) as axes:
         for history in histories:
             axes.semilogy(history)
         axes.set(xlabel="step", ylabel="mean squared error of log prices")
-    record(
-        "market",
-        what="log prices of 64 markets that were not seen, root mean square error",
-        metric="price_error",
-        runs=runs,
-        literature="none; price_spread is the error of predicting the mean",
-        source="",
-        note="gradient_error: of prices with respect to endowments, against central differences, relative.",
-    )
 
 
 if __name__ == "__main__":

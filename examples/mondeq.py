@@ -3,17 +3,24 @@
     python -m examples.mondeq fc           # fully connected, 84K parameters
     python -m examples.mondeq conv         # convolutional, less
 
-Winston & Kolter (NeurIPS 2020) report 98.1 ± 0.1 % and 99.1 ± 0.1 % for 84K parameters each.
+Winston & Kolter (NeurIPS 2020) report 98.1 ± 0.1 % and 99.1 ± 0.1 % for 84K parameters each. The explicit network of
+the same size is trained by `--twin`.
 """
 
-import argparse
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import torchimplicit as ti
-from examples import _mono as common
+from examples._digits import batches, shift, sizes
+from examples._meter import Meter, parameters, peak_memory_mb
+from examples._options import Options, options, sane
+from examples._plot import figure
+from examples._progress import progress
+from examples._record import Experiment, Record
+from torchimplicit.experiments.data import Digits, Split, load_digits
 
 
 def loose(rtol: float) -> dict[str, Any]:
@@ -77,46 +84,110 @@ SETTINGS = {
     "fc": {"epochs": 20, "rate": 3e-3, "batch": 128, "shift": 1, "decay": 0.0},
     "conv": {"epochs": 4, "rate": 4e-3, "batch": 128, "shift": 1, "decay": 0.0},
 }
-LITERATURE = {
-    "fc": "98.1 ± 0.1 % with 84K parameters (Winston & Kolter, NeurIPS 2020, table 1)",
-    "conv": "99.1 ± 0.1 % with 84K parameters, single convolution (Winston & Kolter, NeurIPS 2020, table 1)",
+EXPERIMENTS = {
+    model: Experiment(
+        name=f"mondeq_{model}",
+        title=f"monDEQ on MNIST, {what}",
+        metric="accuracy",
+        unit="fraction",
+        ours="monDEQ",
+        twin="explicit twin",
+        models={"monDEQ": f"{figure} ± 0.1 % with 84K parameters", "explicit twin": ""},
+        bar=figure / 100,
+        literature=f"{figure} ± 0.1 % with 84K parameters{which}",
+        source="Winston & Kolter, NeurIPS 2020, table 1",
+        notes=("race: evaluations on 500 test digits at equal residual, for each splitting; null: not converged",),
+    )
+    for model, what, figure, which in (
+        ("fc", "fully connected", 98.1, ""),
+        ("conv", "convolutional", 99.1, ", single convolution"),
+    )
 }
 
 
-def main() -> None:
-    """Train, test, record, plot."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", choices=MODELS)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, help="other than the recorded ones")
-    parser.add_argument("--twin", action="store_true", help="train the explicit network of the same size instead")
-    chosen = parser.parse_args()
-    settings = SETTINGS[chosen.model] | ({"epochs": chosen.epochs} if chosen.epochs else {})
-    torch.set_num_threads(1)
-    data = common.digits()
-    print(data.describe())
-    for seed in chosen.seeds:
-        torch.manual_seed(seed)
-        model = MODELS[chosen.model](chosen.twin)
-        run = common.train(model, data, **settings)
-        if not chosen.twin:
-            model.layer.solver = ti.PeacemanRachford(rtol=1e-4)
-            run |= {"race": race(model, data)}
-        run |= common.test(model, data.test) | {"parameters": common.parameters(model), "settings": settings}
-        run |= {"peak_memory_bytes": common.peak_memory(), "data": f"{len(data.train)} + {len(data.test)}"}
-        print(f"seed {seed}: {run['accuracy']:.2%} on {len(data.test)} digits, converged {run['converged']:.2%}")
-        facts = {"title": f"monDEQ on MNIST, {chosen.model}", "literature": LITERATURE[chosen.model]}
-        name = f"mondeq_{chosen.model}"
-        common.record(name, f"{'twin' if chosen.twin else 'seed'} {seed}", run, facts)
-        if not chosen.twin:
-            common.keep(model, f"{name}_{seed}")
-            common.plot(name, lambda axes, run=run: draw(axes, run["losses"]))
+def standardised(images: Iterator[tuple[Tensor, Tensor]], by: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches with mean zero and deviation one, each image moved by at most so many pixels."""
+    for x, labels in images:
+        yield (shift(x, by) if by else x).sub(0.1307).div(0.3081), labels
+
+
+def train(
+    model: nn.Module, data: Split, what: str, *, epochs: int, rate: float, batch: int, shift: int, decay: float
+) -> dict[str, Any]:
+    """Adam with one cycle of the learning rate; what a batch cost, on average, and the losses of the epochs."""
+    optimiser = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=decay)
+    steps = epochs * -(-len(data) // batch)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=steps, pct_start=0.25)
+    losses, meter = [], Meter()
+    model.train()
+    with ti.monitor(model) as log, progress(what, steps) as advance:
+        for _ in range(epochs):
+            total = 0.0
+            for x, labels in standardised(batches(data, batch, torch.default_generator, odd=True), shift):
+                loss = nn.functional.cross_entropy(model(x), labels)
+                optimiser.zero_grad()
+                loss.backward()
+                optimiser.step()
+                schedule.step()
+                total += loss.item() * len(x)
+                meter.take(log)
+                advance(f"loss {loss.item():.4f}")
+            losses.append(total / len(data))
+    figures = meter.figures()
+    figures.pop("converged", None)  # the recorded one is that of the test
+    return {"losses": losses, **figures}
 
 
 @torch.no_grad()
-def race(model: Any, data: common.Digits, rtol: float = 1e-3) -> dict[str, Any]:
+def test(model: nn.Module, data: Split) -> dict[str, float]:
+    """Accuracy, and the fraction of the samples whose equilibrium was found."""
+    model.eval()
+    right, meter = 0, Meter()
+    with ti.monitor(model) as log:
+        for x, labels in standardised(batches(data, 500)):
+            right += int((model(x).argmax(1) == labels).sum())
+            meter.take(log)
+    solves = meter.solves()
+    return {"accuracy": right / len(data)} | ({"converged": solves["converged"]} if solves else {})
+
+
+def command_line(argv: Sequence[str] | None = None) -> Options:
+    """The options."""
+    chosen = options(argv, __doc__ or "", twin=True, digits=True, smoke={"epochs": 1}, which=tuple(MODELS), epochs=0)
+    chosen.settings = SETTINGS[chosen.model] | ({"epochs": chosen.epochs} if chosen.epochs else {})
+    return chosen
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train, test, record, plot."""
+    chosen = command_line(argv)
+    data = load_digits(chosen.data_dir)
+    print(data.describe())
+    experiment = EXPERIMENTS[chosen.model]
+    record = Record.open(experiment, chosen, data=sizes(data))
+    name = experiment.twin if chosen.twin else experiment.ours
+    for seed in chosen.seeds:
+        torch.manual_seed(seed)
+        model = MODELS[chosen.model](chosen.twin)
+        run = train(model, data.train, f"{name}, seed {seed}", **chosen.settings)
+        if not chosen.twin:
+            model.layer.solver = ti.PeacemanRachford(rtol=1e-4)
+            run |= {"race": race(model, data)}
+        run |= test(model, data.test) | {"parameters": parameters(model), "peak_memory_mb": peak_memory_mb()}
+        record.add(name, seed, **run)
+        sane(chosen, "an accuracy above 80 %", run["accuracy"] > 0.8)
+        sane(chosen, "every test sample converged", run.get("converged", 1.0) == 1.0)
+        if not chosen.twin:
+            record.keep(model, seed)
+            with figure(chosen.out, experiment.name) as axes:
+                axes.semilogy(range(1, len(run["losses"]) + 1), run["losses"], marker="o")
+                axes.set(xlabel="epoch", ylabel="training loss")
+
+
+@torch.no_grad()
+def race(model: Any, data: Digits, rtol: float = 1e-3) -> dict[str, Any]:
     """Evaluations on 500 test digits at equal residual: Peaceman and Rachford's splitting, and forward-backward's."""
-    x, _ = next(common.batches(data.test, 500, 0, False))
+    x, _ = next(standardised(batches(data.test, 500)))
     x = x.flatten(1) if isinstance(model, FullyConnected) else x[:100]
     layer: Any = model.layer
     layer.on_failure = "ignore"
@@ -132,12 +203,6 @@ def race(model: Any, data: common.Digits, rtol: float = 1e-3) -> dict[str, Any]:
     layer.solver, layer.max_steps, layer.on_failure = ti.PeacemanRachford(rtol=1e-4), None, "warn"
     print(found)
     return found
-
-
-def draw(axes, losses: list[float]) -> None:
-    """The training loss."""
-    axes.semilogy(range(1, len(losses) + 1), losses, marker="o")
-    axes.set(xlabel="epoch", ylabel="training loss")
 
 
 if __name__ == "__main__":

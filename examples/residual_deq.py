@@ -8,22 +8,44 @@ The data are those that TORCHIMPLICIT_DATA names, else the 5,000 embedded digits
 files; Debian has them as dataset-fashion-mnist) say `--name fashion --data-dir /usr/share/datasets/fashion-mnist`.
 """
 
-import argparse
-import time
+from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import torch
 from torch import Tensor, nn
 
 import torchimplicit as ti
-from examples._residual import Row, batches, distort, figure_path, peak_megabytes, pin_threads, progress, save_result
+from examples._digits import batches, distort, sizes
+from examples._meter import Meter, parameters
+from examples._options import Options, options, sane
+from examples._plot import figure
+from examples._progress import progress
+from examples._record import Experiment, Record
 from torchimplicit.experiments.data import Digits, Split, load_digits
 
 EXACT = ti.Implicit(linear_solver=ti.GMRES(), rtol=1e-2)  # GMRES takes 6 products where the Neumann series takes 21
-LITERATURE = {
-    "mnist": "99.4 with 54K parameters (implicit ResNet of JFB, Fung et al., AAAI 2022, Table 1; explicit twin 99.4)",
-    "fashion": "",
+OURS, TWIN = "residual equilibrium", "explicit twin: the block once"
+JFB = "99.4 with 54K parameters (implicit ResNet; explicit twin 99.4)"
+EXPERIMENTS = {
+    name: Experiment(
+        name=f"residual_{name}",
+        title=f"Residual equilibrium on {data}",
+        metric="accuracy",
+        unit="%",
+        ours=OURS,
+        twin=TWIN,
+        models={OURS: literature, TWIN: ""},
+        bar=99.4 if literature else None,
+        literature=literature or "none for an equilibrium model of this size",
+        source="JFB: Fung et al., AAAI 2022, table 1" if literature else "",
+        notes=(
+            "batches of 100, AdamW, one cycle of the learning rate up to 6e-3; images distorted at random",
+            "one-step gradient, in the last epochs the exact one (GMRES, rtol=1e-2): evaluations are those of the last",
+            "training: Anderson(rtol=1e-2), 12 steps at most; test, with the converged fraction: Anderson(rtol=1e-3), "
+            "100 at most",
+        ),
+    )
+    for name, data, literature in (("mnist", "MNIST", JFB), ("fashion", "Fashion-MNIST", ""))
 }
 
 
@@ -50,19 +72,19 @@ def network(implicit: bool = True, channels: int = 32) -> nn.Sequential:
     return nn.Sequential(stem, block if implicit else Once(block), head)
 
 
-def train(model: nn.Sequential, data: Split, epochs: int, exact_epochs: int, seed: int) -> dict[str, float]:
-    """AdamW and one cycle of the learning rate; the figures of the last epoch."""
+def train(
+    model: nn.Sequential, data: Split, epochs: int, exact_epochs: int, seed: int, what: str = "training"
+) -> dict[str, float]:
+    """AdamW and one cycle of the learning rate; the evaluations of the last epoch, the time of all."""
     generator = torch.Generator().manual_seed(seed)
     size, peak = 100, 6e-3
-    steps = len(data) // size
+    steps = epochs * (len(data) // size)
     optimiser = torch.optim.AdamW(model.parameters(), peak, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, peak, total_steps=epochs * steps, pct_start=0.25)
-    block = model[1]
-    forward, backward, started = 0, 0, time.perf_counter()
-    with progress() as bar, ti.monitor(model) as log:
-        task = bar.add_task("training", total=epochs * steps, note="")
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, peak, total_steps=steps, pct_start=0.25)
+    block, clock, meter = model[1], Meter(), Meter()
+    with ti.monitor(model) as log, progress(what, steps) as advance:
         for epoch in range(epochs):
-            forward, backward = 0, 0
+            meter = Meter()
             block.adjoint = EXACT if epoch >= epochs - exact_epochs else ti.JacobianFree()
             for images, labels in batches(data, size, generator):
                 loss = nn.functional.cross_entropy(model(distort(images, generator)), labels)
@@ -70,13 +92,9 @@ def train(model: nn.Sequential, data: Split, epochs: int, exact_epochs: int, see
                 loss.backward()
                 optimiser.step()
                 schedule.step()
-                for record in log.records:
-                    forward += record.solution.evaluations
-                    backward += record.solution.adjoint.evaluations or 0
-                log.records.clear()
-                bar.update(task, advance=1, note=f"loss {loss.item():.3f}")
-    wall = time.perf_counter() - started
-    return {"forward evaluations": forward / steps, "backward products": backward / steps, "training seconds": wall}
+                meter.take(log)
+                advance(f"loss {loss.item():.3f}")
+    return meter.solves() | clock.seconds()
 
 
 @torch.no_grad()
@@ -87,19 +105,17 @@ def test(model: nn.Sequential, data: Split) -> dict[str, float]:
     kept = (block.solver, block.max_steps) if isinstance(block, ti.nn.ResidualEquilibrium) else None
     if kept is not None:
         block.solver, block.max_steps = ti.Anderson(rtol=1e-3), 100
-    right, converged, evaluations = 0, 0, []
+    right, meter = 0, Meter()
     with ti.monitor(model) as log:
         for images, labels in batches(data, 100):
             right += int((model(images).argmax(1) == labels).sum())
-        for record in log.records:
-            converged += int(record.solution.converged.sum())
-            evaluations.append(record.solution.evaluations)
+            meter.take(log)
     if kept is not None:
         block.solver, block.max_steps = kept
     model.train()
-    figures = {"accuracy": 100 * right / len(data)}
-    if evaluations:
-        figures |= {"converged": converged / len(data), "test evaluations": sum(evaluations) / len(evaluations)}
+    figures, solves = {"accuracy": 100 * right / len(data)}, meter.solves()
+    if solves:
+        figures |= {"converged": solves["converged"], "evaluations_test": solves["evaluations_forward"]}
     return figures
 
 
@@ -115,13 +131,13 @@ def load(name: str, folder: Path | None) -> Digits:
     return load_digits(folder)
 
 
-def plot(model: nn.Sequential, data: Split, name: str) -> None:
+@torch.no_grad()
+def plot(model: nn.Sequential, data: Split, out: Path, name: str) -> None:
     """Residuals of 100 test images beside the steps."""
     block = model.eval()[1]
     images, _ = data.batch(slice(0, 100))
-    with torch.no_grad():
-        injected = model[0](images[:, None])
-        figure, axes = plt.subplots(figsize=(5, 3.5))
+    injected = model[0](images[:, None])
+    with figure(out, name, width=5) as axes:
         for label, solver in (("Picard", ti.Picard(rtol=1e-4)), ("Anderson(5)", ti.Anderson(rtol=1e-4))):
             solution = ti.fixed_point(
                 block.cell,
@@ -135,50 +151,42 @@ def plot(model: nn.Sequential, data: Split, name: str) -> None:
             )
             assert solution.trace is not None
             axes.semilogy(solution.trace.nanmedian(1).values, label=label)
-    axes.set(xlabel="step", ylabel="residual, median of 100 test images", title="The trained block")
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(figure_path(name), dpi=120)
+        axes.set(xlabel="step", ylabel="residual, median of 100 test images", title="The trained block")
+        axes.legend()
 
 
-def main() -> None:
+def command_line(argv: Sequence[str] | None = None) -> Options:
+    """The options; `--exact-epochs`, the last, take the exact gradient."""
+    return options(
+        argv,
+        __doc__ or "",
+        digits=True,
+        smoke={"epochs": 1},
+        name=("mnist", "fashion"),
+        epochs=8,
+        exact_epochs=1,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     """Train and test both networks, seed by seed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--name", choices=("mnist", "fashion"), default="mnist")
-    parser.add_argument("--data-dir", type=Path)
-    parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--exact-epochs", type=int, default=1, help="of these, the last, by the exact gradient")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    options = parser.parse_args()
-    pin_threads()
-    data = load(options.name, options.data_dir)
+    chosen = command_line(argv)
+    data = load(chosen.name, chosen.data_dir)
     print(data.describe())
-    name = f"residual_{options.name}"
-    parameters = sum(p.numel() for p in network().parameters())
-    ours = Row("residual equilibrium", "accuracy", parameters, LITERATURE[options.name])
-    twin = Row("explicit twin: the block once", "accuracy", parameters)
-    weights = Path("runs/examples")
-    weights.mkdir(parents=True, exist_ok=True)
-    for done, seed in enumerate(options.seeds, 1):
-        for row, implicit in ((ours, True), (twin, False)):
+    experiment = EXPERIMENTS[chosen.name]
+    record = Record.open(experiment, chosen, data=sizes(data))
+    for seed in chosen.seeds:
+        for name, implicit in ((OURS, True), (TWIN, False)):
             torch.manual_seed(seed)
             model = network(implicit)
-            figures = train(model, data.train, options.epochs, options.exact_epochs, seed) | test(model, data.test)
-            row.add(figures.pop("accuracy"), **figures, **{"peak MB": peak_megabytes()})
-            print(row)
+            cost = train(model, data.train, chosen.epochs, chosen.exact_epochs, seed, f"{name}, seed {seed}")
+            figures = cost | test(model, data.test)
+            record.add(name, seed, **figures, parameters=parameters(model))
+            sane(chosen, "an accuracy above 85 %", figures["accuracy"] > 85)
             if implicit:
-                torch.save(model.state_dict(), weights / f"{name}-{seed}.pt")
-                plot(model, data.test, name)
-        notes = [
-            f"{data.source.split(' in ')[0]}, {len(data.train):,} + {len(data.test):,}",
-            f"{options.epochs} epochs in batches of 100, AdamW, one cycle of the learning rate up to 6e-3",
-            f"one-step gradient, then {options.exact_epochs} epochs of the exact one (GMRES, rtol=1e-2), which is "
-            "the one that the training's evaluations are of; images turned, scaled and moved at random",
-            "training: Anderson(rtol=1e-2), 12 steps at most; test: Anderson(rtol=1e-3), 100 at most",
-            "peak memory is the process's, data and torch itself included",
-        ]
-        path = save_result(name, "Residual equilibrium", options.seeds[:done], [ours, twin], notes)
-    print(f"written: {path}")
+                sane(chosen, "99 % of the test images converged", figures["converged"] > 0.99)
+                record.keep(model, seed)
+                plot(model, data.test, chosen.out, experiment.name)
 
 
 if __name__ == "__main__":

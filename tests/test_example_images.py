@@ -1,16 +1,14 @@
-"""What the examples on images rely on: the blur and its transpose, distortions, PSNR, the record, the twin."""
-
-import json
-from pathlib import Path
+"""What the examples on images rely on: the blur and its transpose, distortions, PSNR, the twin."""
 
 import pytest
 import torch
 
 import torchimplicit as ti
-from examples import _residual as shared
-from examples.deblur import ProximalStep
+from examples._digits import batches, distort, shift
+from examples.deblur import ProximalStep, psnr
 from examples.residual_deq import Once, network
 from examples.tutorial import what_goes_wrong
+from torchimplicit.experiments.data import Split
 
 
 def test_the_blur_is_its_own_transpose_and_no_expansion() -> None:
@@ -39,11 +37,11 @@ def test_the_first_proximal_step_contracts_to_the_closed_form() -> None:
 def test_no_distortion_returns_the_image_and_a_move_moves_it() -> None:
     images = torch.rand(4, 1, 28, 28)
     generator = torch.Generator().manual_seed(0)
-    same = shared.distort(images, generator, turn=0.0, grow=0.0, move=0.0)
+    same = distort(images, generator, turn=0.0, grow=0.0, move=0.0)
     torch.testing.assert_close(same, images, rtol=0, atol=1e-5)
     dot = torch.zeros(64, 1, 28, 28)
     dot[:, :, 14, 14] = 1.0
-    moved = shared.distort(dot, generator, turn=0.0, grow=0.0, move=2.0)
+    moved = distort(dot, generator, turn=0.0, grow=0.0, move=2.0)
     place = torch.arange(28.0)
     rows = (moved.sum((1, 3)) * place).sum(1) / moved.sum((1, 2, 3))
     assert (rows - 14).abs().max() <= 2.0 + 1e-3
@@ -52,19 +50,27 @@ def test_no_distortion_returns_the_image_and_a_move_moves_it() -> None:
 
 def test_psnr_of_a_known_error() -> None:
     truth = torch.zeros(2, 1, 4, 4)
-    assert shared.psnr(truth + 0.1, truth).tolist() == pytest.approx([20.0, 20.0], abs=1e-4)
+    assert psnr(truth + 0.1, truth).tolist() == pytest.approx([20.0, 20.0], abs=1e-4)
 
 
-def test_the_record_has_mean_deviation_and_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared, "HERE", tmp_path)
-    row = shared.Row("ours", "accuracy", 10, "99 (source)")
-    row.add(98.0, seconds=1.0)
-    row.add(99.0, seconds=3.0)
-    content = json.loads(shared.save_result("name", "Title", [0, 1], [row], ["note"]).read_text())
-    assert content["rows"][0]["figures"]["accuracy"] == {"mean": 98.5, "sd": 0.707107, "values": [98.0, 99.0]}
-    assert content["rows"][0]["figures"]["seconds"]["mean"] == 2.0
-    assert content["versions"]["torch"] == torch.__version__
-    assert str(tmp_path) not in json.dumps(content)
+def test_a_shift_moves_each_image_by_whole_pixels_and_loses_none_within() -> None:
+    dot = torch.zeros(200, 1, 28, 28)
+    dot[:, :, 14, 10] = 1.0
+    moved = shift(dot, 2)
+    assert moved.shape == dot.shape
+    places = moved.nonzero()[:, 2:] - torch.tensor([14, 10])
+    assert len(places) == 200
+    assert sorted({(int(r), int(c)) for r, c in places}) == [(r, c) for r in range(-2, 3) for c in range(-2, 3)]
+
+
+def test_batches_are_those_of_the_generator_and_keep_the_odd_rest_if_asked() -> None:
+    split = Split(torch.arange(10)[:, None, None].expand(10, 28, 28).to(torch.uint8), torch.arange(10))
+    order = torch.randperm(10, generator=torch.Generator().manual_seed(3))
+    drawn = list(batches(split, 4, torch.Generator().manual_seed(3), odd=True))
+    assert torch.cat([labels for _, labels in drawn]).tolist() == order.tolist()
+    assert [tuple(images.shape) for images, _ in drawn] == [(4, 1, 28, 28), (4, 1, 28, 28), (2, 1, 28, 28)]
+    assert [len(labels) for _, labels in batches(split, 4, torch.Generator().manual_seed(3))] == [4, 4]
+    assert [len(labels) for _, labels in batches(split, 4)] == [4, 4, 2]
 
 
 def test_the_network_is_within_the_budget_and_its_twin_has_the_same_parameters() -> None:
