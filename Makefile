@@ -22,7 +22,7 @@ CHECKED := src tests benchmarks examples
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help mnist test lint format format-check types test-quick tests bench bench-notebook bench-solvers precision distributed soak mutants evidence jacobian-penalty hooks clean distclean
+.PHONY: help mnist test lint format format-check types test-quick tests bench bench-notebook bench-solvers precision distributed soak mutants evidence jacobian-penalty examples examples-smoke examples-results hooks clean distclean
 
 help: ## say what there is
 	@echo "usage: make TARGET"
@@ -111,6 +111,39 @@ certificates: $(VENV)/.train ## compare what layers claim with 1,000 random inst
 
 mutants: $(VENV)/.train $(VENV)/.dev ## put mistakes into copies of the derivative engine: the tests must notice each
 	$(BIN)/python -m benchmarks.mutants
+
+# --- examples: what each takes on one quiet core is behind it -----------------------------------------------------
+
+EXAMPLE := $(BIN)/python -m examples
+
+examples: $(VENV)/.dev ## run all examples as they are recorded, three hours (TORCHIMPLICIT_DATA as above)
+	@test -n "$$TORCHIMPLICIT_DATA" || { echo "set TORCHIMPLICIT_DATA to a folder with the four IDX files of MNIST"; exit 1; }
+	env -u TORCHIMPLICIT_DATA $(EXAMPLE).tutorial                       # 2 minutes
+	env -u TORCHIMPLICIT_DATA $(EXAMPLE).deblur --test-images 100       # 5 minutes
+	env -u TORCHIMPLICIT_DATA $(EXAMPLE).lightning_mnist                # 20 seconds
+	$(EXAMPLE).residual_deq                                             # 45 minutes
+	$(EXAMPLE).backward_pareto                                          # 15 minutes
+	$(EXAMPLE).backward_pareto --twin                                   # 20 seconds
+	$(EXAMPLE).mondeq fc                                                # 5 minutes
+	$(EXAMPLE).mondeq fc --twin                                         # 2 minutes
+	$(EXAMPLE).mondeq conv                                              # 15 minutes
+	$(EXAMPLE).mondeq conv --twin                                       # 3 minutes
+	$(EXAMPLE).certified                                                # 10 minutes
+	$(EXAMPLE).certified --twin                                         # 30 seconds
+	$(EXAMPLE).graph_chains                                             # 20 minutes
+	$(EXAMPLE).parity --seeds 0 1 2 3 4                                 # 7 minutes
+	$(EXAMPLE).copy_memory                                              # 20 minutes
+	$(EXAMPLE).copy_memory --twin                                       # 40 seconds
+	$(EXAMPLE).bratu                                                    # 1 minute
+	$(EXAMPLE).market                                                   # 15 seconds
+	$(EXAMPLE).results_table
+
+examples-smoke: $(VENV)/.dev ## run every example in a reduced setting and check its figure, three minutes on one core
+	env -u TORCHIMPLICIT_DATA $(BIN)/python -m pytest --verbose --durations=0 --numprocesses $(TEST_WORKERS) --maxprocesses 8 \
+		tests/test_examples.py
+
+examples-results: $(VENV)/.train ## write examples/RESULTS.md from the recorded results
+	$(EXAMPLE).results_table
 
 # --- checks -----------------------------------------------------------------------------------------------------
 
