@@ -185,6 +185,8 @@ def section(name: str, r: dict[str, Any], plots: Path) -> str:
         parts.append(table(("model", *keys), rows))
     for title, figures in r.get("more", {}).get("what_goes_wrong", {}).items():
         parts.append(f"- {title}: " + "; ".join(f"{k} {number(v)}" for k, v in figures.items()))
+    each = [f"{m} {', '.join(number(run[metric]) for run in entry['runs'])}" for m, entry in r["models"].items()]
+    parts.append(f"- {metric} of each seed: {'; '.join(each)}")
     notes = [*r["notes"], *dict.fromkeys(run["note"] for run in every if "note" in run)]
     notes += shape(r) if name == "backward_pareto" else []
     missing = lacking(r)

@@ -129,6 +129,7 @@ def test_the_page_has_mean_and_deviation_and_says_what_is_missed_and_missing(tmp
         _record(tmp_path).add("ours", seed, accuracy=accuracy, parameters=1234)
     page = results_table.render(tmp_path)
     assert "97.00 ± 1.4 % (2)" in page
+    assert "accuracy of each seed: ours 0.96, 0.98" in page
     assert "**missed**" in page
     assert "the explicit twin has not been run" in page
     assert "ours: 2 seeds of 3" in page
