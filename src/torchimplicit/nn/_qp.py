@@ -14,8 +14,9 @@ from .._report import OnFailure, check_on_failure, report_failures
 from .._solution import AdjointReport, Status
 from .._system import transformed
 from ..diagnostics import record
-from ._interior_point import Program, largest, solve
+from ._interior_point import solve
 from ._qp_gradient import Attach
+from ._qp_program import Program, largest, sizes
 
 _OPTIONS = ("rtol", "max_steps", "on_failure")
 _DATA = {"Q": 2, "p": 1, "G": 2, "h": 1, "A": 2, "b": 1}
@@ -220,16 +221,21 @@ def _together(*given: Tensor | None) -> tuple[list[Tensor], torch.Size]:
 
 def _usable(data: list[Tensor]) -> tuple[Program, Tensor, Tensor]:
     """The programs, those that cannot be solved replaced by an easy one; which are finite, and which not convex."""
-    finite = torch.stack([t.isfinite().flatten(1).all(1) for t in data]).all(0)
-    Q = torch.where(finite[:, None, None], data[0], 0.0)
-    n = Q.shape[1]
-    shift = 16 * n * torch.finfo(Q.dtype).eps * Q.flatten(1).abs().amax(1) + torch.finfo(Q.dtype).tiny
-    identity = torch.eye(n, dtype=Q.dtype, device=Q.device)
-    nonconvex = finite & (torch.linalg.cholesky_ex(Q + shift[:, None, None] * identity)[1] != 0)
+    Q, p, G, h, A, b = data
+    entries = sizes(Q, G, A)
+    finite = torch.cat([entries, p, h, b], dim=1).isfinite().all(1)
+    eps, n = torch.finfo(Q.dtype).eps, Q.shape[1]
+    shift = 16 * n * eps * entries[:, 0] + torch.finfo(Q.dtype).tiny
+    shifted = Q.clone()
+    shifted.diagonal(dim1=1, dim2=2).add_(shift[:, None])
+    nonconvex = finite & (torch.linalg.cholesky_ex(shifted)[1] != 0)
     easy = finite & ~nonconvex
-    _, p, G, h, A, b = (torch.where(easy.reshape(-1, *[1] * (t.ndim - 1)), t, 0.0) for t in data)
-    Q = torch.where(easy[:, None, None], Q, identity)
-    return Program(Q, p, G, torch.where(easy[:, None], h, 1.0), A, b), finite, nonconvex
+    if not bool(easy.all()):
+        Q = torch.where(easy[:, None, None], Q, torch.eye(n, dtype=Q.dtype, device=Q.device))
+        p, G, A, b = (torch.where(easy.reshape(-1, *[1] * (t.ndim - 1)), t, 0.0) for t in (p, G, A, b))
+        h = torch.where(easy[:, None], h, 1.0)
+        entries = sizes(Q, G, A)
+    return Program(Q, p, G, h, A, b, entries), finite, nonconvex
 
 
 def _degenerate(program: Program, lam: Tensor, slack: Tensor, rtol: float) -> Tensor:
@@ -237,5 +243,5 @@ def _degenerate(program: Program, lam: Tensor, slack: Tensor, rtol: float) -> Te
     if not lam.shape[1]:
         return torch.zeros(len(lam), dtype=torch.bool, device=lam.device)
     loose = slack / torch.maximum(largest(slack), largest(program.h))[:, None]
-    held = lam / torch.maximum(largest(lam), largest(program.p) / largest(program.G.flatten(1)))[:, None]
+    held = lam / torch.maximum(largest(lam), largest(program.p) / program.sizes[:, 1])[:, None]
     return (torch.maximum(loose, held) < rtol**0.5).any(dim=1)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._solution import AdjointReport, Status
-from ._interior_point import mv
+from ._qp_program import mv
 
 
 class Attach(torch.autograd.Function):
