@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 import torchimplicit as ti
-from torchimplicit.nn import QP
+from torchimplicit.nn import QP, _qp_gradient
+from torchimplicit.nn._qp_newton import Condensed
+from torchimplicit.nn._qp_program import Program, sizes
 
 Data = list[Tensor]
 
@@ -105,6 +107,38 @@ def test_first_and_second_derivatives_of_everything_agree_with_finite_difference
     assert torch.autograd.gradgradcheck(lambda *d: everything(*d)[0], data, atol=1e-4, rtol=1e-3, fast_mode=True)
 
 
+def test_the_whole_system_has_the_same_derivatives(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_qp_gradient, "refined", lambda of, s, lam, right: tuple(t.detach() * torch.nan for t in right))
+    test_first_and_second_derivatives_of_everything_agree_with_finite_differences()
+
+
+def test_constraints_given_twice_share_their_gradient() -> None:
+    Q, p, G, h, _, _ = random_programs(20, 10, 15, 0)
+    found = []
+    for times in (1, 2):
+        data = [t.clone().requires_grad_() for t in (Q, p, G, h)]
+        solution = QP().solve(data[0], data[1], torch.cat([data[2]] * times, 1), torch.cat([data[3]] * times, 1))
+        solution.value.square().sum().backward()
+        assert (solution.adjoint.status == ti.Status.CONVERGED).all()  # type: ignore[union-attr]
+        found.append([t.grad for t in data])
+    for once, twice in zip(*found, strict=True):
+        assert once is not None and twice is not None
+        assert (once - twice).abs().max() < 1e-9 * once.abs().max()
+
+
+def test_rounding_that_makes_the_condensed_matrix_indefinite_is_met_with_lu() -> None:
+    Q, p, G, h, A, b = random_programs(3, 4, 5, 0)
+    Q[1] -= 40 * torch.eye(4, dtype=Q.dtype)
+    p.requires_grad_()
+    one = torch.ones_like(h)
+    z, lam, _ = Condensed(Program(Q, p, G, h, A, b, sizes(Q, G, A)), one, one).solve(-p, h, b)
+    exact = torch.linalg.solve(Q + G.mT @ G, -p + (G.mT @ h[..., None])[..., 0])
+    assert (z - exact).abs().max() < 1e-12 * exact.abs().max()
+    assert (lam - ((G @ z[..., None])[..., 0] - h)).abs().max() < 1e-12
+    mine, theirs = (torch.autograd.grad(t.square().sum(), p)[0] for t in (z, exact))
+    assert (mine - theirs).abs().max() < 1e-12 * theirs.abs().max()
+
+
 def test_broadcast_data_get_the_sum_of_the_gradients() -> None:
     Q, p, G, h, _, _ = random_programs(6, 4, 5, 0)
     shared = Q[0].clone().requires_grad_()
@@ -161,6 +195,17 @@ def test_the_gradient_of_a_failed_sample_is_zero_even_if_the_loss_looks_at_it() 
     data, bad = spoiled()
     data = [t.requires_grad_() for t in data]
     QP(on_failure="ignore")(*data).sum().backward()
+    for t in data:
+        assert t.grad is not None and t.grad.isfinite().all()
+        assert (t.grad[list(bad.values())] == 0).all()
+
+
+def test_second_derivatives_are_finite_beside_failed_samples() -> None:
+    data, bad = spoiled()
+    data = [t.requires_grad_() for t in data]
+    value = QP(on_failure="ignore")(*data)
+    first = torch.autograd.grad(value.square().sum(), data[1], create_graph=True)[0]
+    first.square().sum().backward()
     for t in data:
         assert t.grad is not None and t.grad.isfinite().all()
         assert (t.grad[list(bad.values())] == 0).all()

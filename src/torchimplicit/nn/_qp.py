@@ -40,7 +40,7 @@ class QPSolution:
         nonconvex: Q has a negative eigenvalue.
         degenerate: a constraint is active and its multiplier zero: z has a kink there and no derivative; the gradient
             that is given lies between those of the two sides.
-        evaluations: linear systems solved, for the whole batch.
+        evaluations: linear systems that the steps solved, for the whole batch.
         adjoint: a report that the backward pass fills.
     """
 
@@ -80,8 +80,9 @@ class QP(nn.Module):
     Solved by a primal-dual interior-point method in float arithmetic of the data's dtype; differentiated through the
     KKT conditions (OptNet; Amos & Kolter 2017), in everything, and as often as one likes; forward mode and `vmap` are
     refused. A sample that is infeasible, unbounded, not convex or not finite is flagged, has an exactly zero gradient
-    and leaves the others as they are. So has one whose KKT system is singular, as where a linear program has several
-    solutions; `solution.adjoint.status` then says SINGULAR.
+    and leaves the others as they are. So has one whose KKT system has no solution, as where a linear program has
+    several; `solution.adjoint.status` then says SINGULAR. Active constraints that depend on each other share their
+    gradient.
 
     Args:
         rtol: for the relative residuals; None is `ε^(2/3)` of the dtype.

@@ -87,29 +87,29 @@ class Condensed:
         found = torch.linalg.solve_triangular(self.root.mT, half, upper=True)
         rows = self.indefinite
         if rows.numel():
-            found[rows] = torch.linalg.lu_solve(self.factors, self.pivots, right.index_select(0, rows))
+            lu = torch.linalg.lu_solve(self.factors, self.pivots, right.index_select(0, rows))
+            found = found.index_copy(0, rows, lu)
         return found
 
 
-_REFINEMENTS = 3
-"""Solves with the penalised matrix: each multiplies the error by about `√ε` times the condition of the program."""
+_REFINEMENTS = 2
+"""After the first solve; each multiplies the error by about `√ε` times the condition of the program."""
 
 
 def refined(of: Program, s: Tensor, lam: Tensor, right: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """`Whole`'s system without its scale, solved where slacks may be zero: `(Δz, Δλ, Δν)` for `right`'s three groups.
 
     Condensed with slacks of `λ/w` at least, so that no entry of D is above w, and refined for the error that this makes
-    (the method of multipliers). Rows that depend on each other do no harm if their right-hand sides agree. Not certain
-    to be the solution: see `misfit`. Differentiable in all but `lam` and `s` of the factors, which refinement makes up
-    for.
+    (the method of multipliers). Rows that depend on each other do no harm if their right-hand sides agree. Whether that
+    is the solution, `misfit` says. The factors are constants to autograd: the refinements bring the derivatives.
     """
     with torch.no_grad():
         one = of.p.new_ones(())
         curvature, slope = (torch.where(t > 0, t, one) for t in (of.sizes[:, 0], of.sizes[:, 1]))
         largest_ratio = torch.finfo(of.p.dtype).eps ** -0.5 * curvature / slope.square()
         raised = torch.maximum(s, lam / largest_ratio.unsqueeze(-1))
-        factors = Condensed(of, torch.where(raised > 0, raised, one), lam)
-    z, multipliers, nu = (torch.zeros_like(t) for t in right)
+        factors = Condensed(of.detach(), torch.where(raised > 0, raised, one), lam)
+    z, multipliers, nu = factors.solve(*right)
     for _ in range(_REFINEMENTS):
         step = factors.solve(*misfit(of, s, lam, (z, multipliers, nu), right))
         z, multipliers, nu = z + step[0], multipliers + step[1], nu + step[2]

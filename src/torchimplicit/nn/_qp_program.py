@@ -27,6 +27,10 @@ class Program:
         """Some samples, by their indices."""
         return Program(*(getattr(self, f.name).index_select(0, samples) for f in fields(self)))
 
+    def detach(self) -> Program:
+        """The same without a history."""
+        return Program(*(getattr(self, f.name).detach() for f in fields(self)))
+
 
 @dataclass
 class Point:
