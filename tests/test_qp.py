@@ -131,7 +131,7 @@ def test_rounding_that_makes_the_condensed_matrix_indefinite_is_met_with_lu() ->
     Q[1] -= 40 * torch.eye(4, dtype=Q.dtype)
     p.requires_grad_()
     one = torch.ones_like(h)
-    z, lam, _ = Condensed(Program(Q, p, G, h, A, b, sizes(Q, G, A)), one, one).solve(-p, h, b)
+    z, lam, *_ = Condensed(Program(Q, p, G, h, A, b, sizes(Q, G, A)), one, one).solve(-p, h, b)
     exact = torch.linalg.solve(Q + G.mT @ G, -p + (G.mT @ h[..., None])[..., 0])
     assert (z - exact).abs().max() < 1e-12 * exact.abs().max()
     assert (lam - ((G @ z[..., None])[..., 0] - h)).abs().max() < 1e-12

@@ -11,7 +11,7 @@ from .._solution import Status
 from ._active_set import polished
 from ._qp_evidence import Measures, certificates
 from ._qp_newton import Condensed, Whole
-from ._qp_program import Point, Program, mv
+from ._qp_program import Point, Program
 
 _STEP = 0.995
 """Fraction of the way to the boundary that a step takes."""
@@ -112,8 +112,8 @@ def solve(of: Program, rtol: float, max_steps: int) -> Ends:
 def _start(of: Program) -> Point:
     """The least squares of all constraints, then moved inside (Vandenberghe 2010, §5.3)."""
     one = torch.ones_like(of.h)
-    z, _, nu = Condensed(of, one, one).solve(-of.p, of.h, of.b)
-    slack = of.h - mv(of.G, z)
+    z, _, nu, Gz = Condensed(of, one, one).solve(-of.p, of.h, of.b)
+    slack = of.h - Gz
 
     def inside(t: Tensor) -> Tensor:
         if not t.shape[1]:
@@ -151,8 +151,8 @@ def _step(of: Program, point: Point, at: Measures, kind: type[Whole] | type[Cond
     def direction(complementarity: Tensor) -> Point:
         """Of Newton's method for the residuals, and `s∘λ` to fall by `complementarity`."""
         # Δs = −(Gz + s − h) − GΔz, in λ∘Δs + s∘Δλ = −complementarity.
-        z, lam, nu = factors.solve(-at.dual, complementarity - point.lam * at.inequality, -at.equality)
-        return Point(z, -at.inequality - mv(of.G, z), lam, nu)
+        z, lam, nu, Gz = factors.solve(-at.dual, complementarity - point.lam * at.inequality, -at.equality)
+        return Point(z, -at.inequality - Gz, lam, nu)
 
     count = point.s.shape[1]
     product = point.s * point.lam

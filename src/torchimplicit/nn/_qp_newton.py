@@ -18,7 +18,7 @@ class Whole:
     def __init__(self, of: Program, s: Tensor, lam: Tensor) -> None:
         batch, n = of.p.shape
         m, k = of.h.shape[1], of.b.shape[1]
-        self.parts = [n, m, k]
+        self.of, self.parts = of, [n, m, k]
         self.scale = torch.maximum(lam, s)
         matrix = of.p.new_zeros(batch, n + m + k, n + m + k)
         matrix[:, :n, :n] = of.Q
@@ -37,12 +37,13 @@ class Whole:
         self.factors, self.pivots, _ = torch.linalg.lu_factor_ex(shifted)
 
     def solve(self, dual: Tensor, complementarity: Tensor, equality: Tensor) -> tuple[Tensor, ...]:
-        """`(Δz, Δλ, Δν)` for the right-hand sides of the three groups of rows, refined once."""
+        """`(Δz, Δλ, Δν)` for the right-hand sides of the three groups of rows, refined once; and `GΔz`."""
         right = torch.cat([dual, complementarity / self.scale, equality], dim=1).unsqueeze(-1)
         found = torch.linalg.lu_solve(self.factors, self.pivots, right)
         rest = torch.baddbmm(right, self.matrix, found, alpha=-1)
         found = found + torch.linalg.lu_solve(self.factors, self.pivots, rest)
-        return found.squeeze(-1).split(self.parts, dim=1)
+        z, multipliers, nu = found.squeeze(-1).split(self.parts, dim=1)
+        return z, multipliers, nu, mv(self.of.G, z)
 
 
 class Condensed:
@@ -78,7 +79,8 @@ class Condensed:
         rest = complementarity / self.s
         found = self._solve(torch.cat([dual + mv(self.of.G.mT, rest), equality], dim=1).unsqueeze(-1)).squeeze(-1)
         z, nu = found[:, : self.n], found[:, self.n :]
-        return z, self.weight * mv(self.of.G, z) - rest, nu
+        Gz = mv(self.of.G, z)
+        return z, self.weight * Gz - rest, nu, Gz
 
     def _solve(self, right: Tensor) -> Tensor:
         if self.of.b.shape[1]:
@@ -109,7 +111,7 @@ def refined(of: Program, s: Tensor, lam: Tensor, right: tuple[Tensor, Tensor, Te
         largest_ratio = torch.finfo(of.p.dtype).eps ** -0.5 * curvature / slope.square()
         raised = torch.maximum(s, lam / largest_ratio.unsqueeze(-1))
         factors = Condensed(of.detach(), torch.where(raised > 0, raised, one), lam)
-    z, multipliers, nu = factors.solve(*right)
+    z, multipliers, nu, _ = factors.solve(*right)
     for _ in range(_REFINEMENTS):
         step = factors.solve(*misfit(of, s, lam, (z, multipliers, nu), right))
         z, multipliers, nu = z + step[0], multipliers + step[1], nu + step[2]
