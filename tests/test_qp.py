@@ -107,6 +107,26 @@ def test_first_and_second_derivatives_of_everything_agree_with_finite_difference
     assert torch.autograd.gradgradcheck(lambda *d: everything(*d)[0], data, atol=1e-4, rtol=1e-3, fast_mode=True)
 
 
+@pytest.mark.parametrize("k", [0, 5])
+def test_large_programs_end_early_and_have_the_gradient_of_finite_differences(k: int) -> None:
+    data = random_programs(200, 50, 50, k, seed=3)
+    weight, step = torch.randn(200, 50, dtype=torch.float64), 1e-7
+    changes = [torch.randn_like(t) for t in data]
+    changes[0] = changes[0] + changes[0].mT
+    data = [t.requires_grad_() for t in data]
+    solution = QP().solve(*data)
+    assert solution.steps.max() < 11  # interior-point steps alone take up to 14
+    (weight * solution.value).sum().backward()
+    for t, change in zip(data, changes, strict=True):
+        moved = [[u + sign * step * change if u is t else u for u in data] for sign in (1, -1)]
+        with torch.no_grad():
+            one, other = (QP()(*d) for d in moved)
+        exact = (weight * (one - other)).sum(1) / (2 * step)
+        assert t.grad is not None
+        mine = (t.grad * change).flatten(1).sum(1)
+        assert ((mine - exact).abs() <= 1e-6 * exact.abs().max()).all()
+
+
 def test_the_whole_system_has_the_same_derivatives(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_qp_gradient, "refined", lambda of, s, lam, right: tuple(t.detach() * torch.nan for t in right))
     test_first_and_second_derivatives_of_everything_agree_with_finite_differences()
