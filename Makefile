@@ -22,7 +22,7 @@ CHECKED := src tests benchmarks examples
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help mnist test lint format format-check types test-quick tests bench bench-notebook bench-solvers precision distributed soak mutants evidence jacobian-penalty examples examples-smoke examples-results hooks clean distclean
+.PHONY: help mnist test lint format format-check types test-quick tests bench bench-notebook bench-solvers precision distributed soak certificates mutants evidence jacobian-penalty examples examples-smoke examples-results hooks clean distclean
 
 help: ## say what there is
 	@echo "usage: make TARGET"
