@@ -16,7 +16,7 @@ from examples._plot import figure
 from examples._progress import progress
 from examples._record import Experiment, Record
 
-FEATURES, SPAN = 16, 3
+FEATURES, HIDDEN, SPAN = 16, 64, 3
 
 
 class Tagger(nn.Module):
@@ -87,7 +87,7 @@ def accuracy(model: Tagger, length: int) -> float:
 
 def equilibrium(**solve: ti.Picard) -> ti.nn.EquilibriumTransformer:
     """The layer; it begins by looking at the nearest position."""
-    layer = ti.nn.EquilibriumTransformer(FEATURES, heads=2, span=SPAN, **solve)
+    layer = ti.nn.EquilibriumTransformer(FEATURES, heads=2, span=SPAN, hidden=HIDDEN, **solve)
     with torch.no_grad():
         layer.cell.bias[:, 0] = 3.0
     return layer
@@ -107,14 +107,15 @@ EXPERIMENT = Experiment(
     source="FPRM, arXiv 2606.18206 (second-hand)",
     notes=(
         "every prefix's parity is a target; lengths grow from 2 to 32",
-        "without a bias at the beginning accuracies were 0.952, 0.480 and 1.000 (seeds 0 to 2): one failed",
+        "a feed-forward part of width 32 in the place of 64 learned it in four seeds of five, and without the bias to the "
+        "nearest position at the beginning in two of three; with both in ten of ten",
     ),
 )
 
 
 def command_line(argv: Sequence[str] | None = None) -> Options:
     """The options."""
-    return options(argv, __doc__ or "", smoke={"steps": 60, "length": 4}, steps=300, length=32)
+    return options(argv, __doc__ or "", smoke={"steps": 60, "length": 4}, steps=400, length=32)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
