@@ -52,8 +52,10 @@ def split_form(problem: Problem, solver: Any, z: Tensor, evaluation: Evaluation)
             f"of torchimplicit.nn.MonotoneLinear; of this {problem.kind} use Anderson(), Newton() or another solver."
         )
     form = problem.fn.splitting(*problem.args)
-    affine = form.operator.mv(z) + form.offset
-    problem.count(1)
+    affine = form.offset
+    if bool(z.any()):  # the usual start is zero
+        affine = form.operator.mv(z) + affine
+        problem.count(1)
     error = two(form.prox(affine, 1.0) - evaluation.value)
     size = two(affine) + two(form.offset) + two(z)
     if bool((error > _AGREEMENT * problem.epsilon * size).any()):
