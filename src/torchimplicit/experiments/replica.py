@@ -22,16 +22,14 @@ class Replica:
     """
 
     def __init__(self, model: nn.Module, rank: int, size: int) -> None:
-        self.rank, self.size = rank, size
-        self.model = DistributedDataParallel(model, gradient_as_bucket_view=True)
-        self.model.register_comm_hook(None, self._exchange)
-        self._numbers: Callable[[], list[float]] = list
-        self._meanwhile: Callable[[], object] = list
-        self._parts: list[list[float]] = []
+        self.size = size
+        self._exchange = _Exchange(rank, size)
+        self._model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        self._model.register_comm_hook(None, self._exchange.take)
 
     def __call__(self, x: Tensor) -> Any:
         """The model's output."""
-        return self.model(x)
+        return self._model(x)
 
     def backward(
         self,
@@ -50,29 +48,39 @@ class Replica:
         Returns:
             The numbers of every process, in order.
         """
-        self._numbers, self._meanwhile = numbers, meanwhile or list
+        exchange = self._exchange
+        exchange.numbers, exchange.meanwhile = numbers, meanwhile or list
         backward()
-        return self._parts
+        return exchange.parts
 
-    def _exchange(self, _: None, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+
+class _Exchange:
+    """What goes from process to process; it must not know the model, which would keep itself alive through it."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+        self.numbers: Callable[[], list[float]] = list
+        self.meanwhile: Callable[[], object] = list
+        self.parts: list[list[float]] = []
+
+    def take(self, _: None, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+        """Begin to take the mean of some gradients; with the last ones, end it, and gather the numbers."""
         gradients = bucket.buffer().div_(self.size)
         if not bucket.is_last():
-            return _sum(gradients).then(lambda summed: summed.value()[0])
-        mine = gradients.new_tensor(self._numbers())
+            return _sum(gradients).get_future().then(lambda summed: summed.value()[0])
+        mine = gradients.new_tensor(self.numbers())
         # Each in a place of its own, so that the sum is all of them.
         places = gradients.new_zeros(self.size, mine.numel())
         places[self.rank] = mine
-        under_way = _sum(torch.cat([gradients, places.flatten()]))
-        self._meanwhile()
+        message = torch.cat([gradients, places.flatten()])
+        under_way = _sum(message)
+        self.meanwhile()
+        under_way.wait()
+        self.parts = message[gradients.numel() :].view_as(places).tolist()
+        done: torch.futures.Future[Tensor] = torch.futures.Future()
+        done.set_result(message[: gradients.numel()])
+        return done
 
-        def apart(summed: torch.futures.Future[list[Tensor]]) -> Tensor:
-            gradients, parts = summed.value()[0].split([bucket.buffer().numel(), places.numel()])
-            self._parts = parts.view_as(places).tolist()
-            return gradients
 
-        return under_way.then(apart)
-
-
-def _sum(message: Tensor) -> torch.futures.Future[list[Tensor]]:
-    under_way: Any = dist.all_reduce(message, async_op=True)
-    return under_way.get_future()
+def _sum(message: Tensor) -> Any:
+    return dist.all_reduce(message, async_op=True)

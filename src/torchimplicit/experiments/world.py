@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 import uuid
@@ -150,4 +151,15 @@ def join(device: str) -> Iterator[World]:
         local = int(os.environ.get("LOCAL_RANK", "0"))
         yield World(dist.get_rank(), dist.get_world_size(), local, restarts, launch)
     finally:
-        dist.destroy_process_group()
+        _leave()
+
+
+def _leave() -> None:
+    """End what `join` began, and wait for its threads.
+
+    They need Python's lock to let go of the tensors that they have exchanged, and abort the process if Python has
+    ended by then (torch 2.13). They end with the group; the group, when nothing knows it any more.
+    """
+    gc.collect()
+    dist.destroy_process_group()
+    time.sleep(0.05)
