@@ -146,8 +146,21 @@ class Record:
 def circumstances() -> dict[str, Any]:
     """How to obtain this run again: command, date, versions, threads."""
     return {
-        "command": " ".join(["python -m", f"examples.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
+        "command": " ".join(["python -m", f"examples.{Path(sys.argv[0]).stem}", *without_folders(sys.argv[1:])]),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "torchimplicit": ti.__version__},
         "threads": torch.get_num_threads(),
     }
+
+
+def without_folders(arguments: list[str]) -> list[str]:
+    """The arguments of a command with FOLDER in the place of each folder of this machine."""
+    shown: list[str] = []
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        name, assigned, _ = argument.partition("=")
+        if before in ("--data-dir", "--out"):
+            argument = "FOLDER"
+        elif assigned and name in ("--data-dir", "--out"):
+            argument = f"{name}=FOLDER"
+        shown.append(argument)
+    return shown

@@ -107,8 +107,8 @@ EXPERIMENT = Experiment(
     source="FPRM, arXiv 2606.18206 (second-hand)",
     notes=(
         "every prefix's parity is a target; lengths grow from 2 to 32",
-        "a feed-forward part of width 32 in the place of 64 learned it in four seeds of five, and without the bias to the "
-        "nearest position at the beginning in two of three; with both in ten of ten",
+        "a feed-forward part of width 32 in the place of 64 learned it in four seeds of five, and without the bias to "
+        "the nearest position at the beginning in two of three; with both in ten of ten",
     ),
 )
 

@@ -28,8 +28,8 @@ ORDER = (
     "lightning_mnist",
 )
 MISSING = {
-    "residual_fashion": "There was no Fashion-MNIST where the others were run. With Debian's `dataset-fashion-mnist`, "
-    "or its four IDX files in a folder: `python -m examples.residual_deq --name fashion [--data-dir FOLDER]`.",
+    "residual_fashion": "It needs Fashion-MNIST: Debian's `dataset-fashion-mnist`, or its four IDX files in a folder: "
+    "`python -m examples.residual_deq --name fashion [--data-dir FOLDER]`.",
 }
 HEADINGS = ("parameters", "evaluations forward", "backward", "converged", "wall, s", "processor, s", "peak, MB")
 INTRODUCTION = """# Results of the examples

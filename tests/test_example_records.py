@@ -13,7 +13,7 @@ import torchimplicit as ti
 from examples import results_table
 from examples._meter import Meter
 from examples._options import options
-from examples._record import STANDARD, Experiment, Record
+from examples._record import STANDARD, Experiment, Record, without_folders
 
 EXAMPLES = Path(results_table.__file__).parent
 OF_ONE_SCRIPT = {"mondeq_fc", "mondeq_conv", "residual_mnist", "residual_fashion"}
@@ -61,6 +61,11 @@ def test_runs_of_other_settings_are_not_mixed(tmp_path: Path) -> None:
     content = json.loads(record.path.read_text())
     assert content["settings"] == {"steps": 6}
     assert [r["seed"] for r in content["models"]["ours"]["runs"]] == [0]
+
+
+def test_a_recorded_command_names_no_folder() -> None:
+    given = ["--name", "fashion", "--data-dir", "/a/b", "--out=/c", "--seeds", "0"]
+    assert without_folders(given) == ["--name", "fashion", "--data-dir", "FOLDER", "--out=FOLDER", "--seeds", "0"]
 
 
 def test_a_model_that_the_experiment_does_not_have_is_refused(tmp_path: Path) -> None:
@@ -134,7 +139,7 @@ def test_the_page_has_mean_and_deviation_and_says_what_is_missed_and_missing(tmp
     assert "the explicit twin has not been run" in page
     assert "ours: 2 seeds of 3" in page
     assert "There is no plot." in page
-    assert "There was no Fashion-MNIST" in page
+    assert "It needs Fashion-MNIST" in page
     _record(tmp_path).add("twin", 0, accuracy=0.5)
     assert "| 50.00 % | better |" in results_table.render(tmp_path)
 
