@@ -52,8 +52,8 @@ EXPERIMENT = Experiment(
     source="SHINE repository, cifar_aggreg_results.csv",
     notes=(
         "short trainings, to be compared with each other and not with the best figures",
-        "the exact gradient went astray in seed 1 (96.5 %, and a Jacobian nearly singular), where the others were as good "
-        "as ever: nothing holds the Jacobian down; a first epoch of three plain steps of the block made it worse (91.5 %)",
+        "the exact gradient went astray in seed 1 (96.5 %, and a Jacobian nearly singular), where the others did as "
+        "well as ever: nothing holds the Jacobian down; a first epoch of three plain steps made it worse (91.5 %)",
         "backward_ms: processor time of the layer's own backward pass, 100 images, median of 15; exact is "
         "Implicit(GMRES(), rtol=1e-4); refinements are terms of the Neumann series",
         "evaluations_backward: products with the Jacobian; evaluations_test: those of the solves of the test",
