@@ -112,7 +112,7 @@ certificates: $(VENV)/.train ## compare what layers claim with 1,000 random inst
 mutants: $(VENV)/.train $(VENV)/.dev ## put mistakes into copies of the derivative engine: the tests must notice each
 	$(BIN)/python -m benchmarks.mutants
 
-# --- examples: what each takes on one quiet core is behind it -----------------------------------------------------
+# --- examples: what each takes on one quiet core is behind it; residual_deq --name fashion needs data of its own -----
 
 EXAMPLE := $(BIN)/python -m examples
 
@@ -122,7 +122,7 @@ examples: $(VENV)/.dev ## run all examples as they are recorded, three hours (TO
 	env -u TORCHIMPLICIT_DATA $(EXAMPLE).deblur --test-images 100       # 5 minutes
 	env -u TORCHIMPLICIT_DATA $(EXAMPLE).lightning_mnist                # 20 seconds
 	$(EXAMPLE).residual_deq                                             # 45 minutes
-	$(EXAMPLE).backward_pareto                                          # 15 minutes
+	$(EXAMPLE).backward_pareto                                          # 30 minutes
 	$(EXAMPLE).backward_pareto --twin                                   # 20 seconds
 	$(EXAMPLE).mondeq fc                                                # 5 minutes
 	$(EXAMPLE).mondeq fc --twin                                         # 2 minutes

@@ -49,7 +49,7 @@ class Replica:
             The numbers of every process, in order.
         """
         exchange = self._exchange
-        exchange.numbers, exchange.meanwhile = numbers, meanwhile or list
+        exchange.numbers, exchange.meanwhile, exchange.parts = numbers, meanwhile or list, []
         backward()
         return exchange.parts
 

@@ -113,9 +113,8 @@ def train_batch(
             )
         loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
         value = loss.item()
-        # The mean over the processes is taken of their gradients. Whatever the loss is, all take a backward pass; one
-        # that is not finite spoils the gradient of all, as is only right.
-        share = replica.size / (size or len(labels)) if math.isfinite(value) else math.nan
+        # The mean over the processes is taken of their gradients. Whatever the loss is, all take a backward pass.
+        share = replica.size / (size or len(labels))
         record = BatchRecord(epoch, number, len(labels), value / max(len(labels), 1), wrong, Solves())
         parts = replica.backward(
             lambda: _backward(loss * share, optimizer, scheme),
@@ -123,10 +122,13 @@ def train_batch(
             meanwhile,
         )
     record = record.of_all(parts)
-    gradient_norm, skipped = _step(optimizer, scheme)
     if math.isfinite(record.loss):
-        return replace(record, gradient_norm=gradient_norm, skipped=skipped)
-    return replace(record, skipped="non-finite loss")
+        record.gradient_norm, record.skipped = _step(optimizer, scheme)
+    else:
+        record.skipped = "non-finite loss"
+        if scheme.scaler is not None:
+            scheme.scaler.update()
+    return record
 
 
 def _backward(loss: Tensor, optimizer: torch.optim.Optimizer, scheme: Scheme) -> None:
