@@ -92,9 +92,9 @@ def _condition(layer: Any, certificate: ti.nn.Certificate, map_: Any, matrix: Te
     root = torch.ones(len(matrix)) if metric is None else metric.sqrt()
     shifted = root[:, None] * (identity - matrix) / root
     least = float(torch.linalg.eigvalsh(0.5 * (shifted + shifted.mT))[0])
-    # Peaceman and Rachford's u contracts by ‖2V − I‖.
-    alpha = ti.linear.resolvent_step(operator)
-    reflected = torch.linalg.solve(identity + alpha * shifted, 2 * identity) - identity
+    # Peaceman and Rachford's u contracts by ‖2V − I‖, and by less where only a part ρ of a step is taken.
+    alpha, rho = ti.linear.resolvent_step(operator), ti.linear.RELAXATION
+    reflected = 2 * rho * torch.linalg.inv(identity + alpha * shifted) + (1 - 2 * rho) * identity
     factor = float(torch.linalg.matrix_norm(reflected, 2)) / float(certificate.factor or 0.0)
     norm = float(torch.linalg.matrix_norm(shifted, 2)) / operator.norm_bound()
     return max(operator.margin / least, factor, norm)

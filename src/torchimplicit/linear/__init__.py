@@ -20,6 +20,7 @@ from ._qr import QR as QR
 from ._solver import LinearOperator as LinearOperator
 from ._solver import LinearSolution as LinearSolution
 from ._solver import LinearSolver as LinearSolver
+from ._splitting import RELAXATION as RELAXATION
 from ._splitting import MonotoneOperator as MonotoneOperator
 from ._splitting import Resolvent as Resolvent
 from ._splitting import Splitting as Splitting

@@ -11,7 +11,7 @@ from .._adjoint import Adjoint, Implicit
 from .._options import refuse_unknown
 from .._report import OnFailure
 from .._solution import PyTree
-from ..linear import Splitting, resolvent_step
+from ..linear import RELAXATION, Splitting, resolvent_step
 from ..solvers import Method, PeacemanRachford
 from ._activations import Activation, activation_of
 from ._affine import SplitMap
@@ -153,5 +153,9 @@ class MonotoneLinear(Split):
 
 
 def splitting_factor(margin: float, norm: float, step_size: float) -> float:
-    """The bound of `‖2 (I + αF)⁻¹ − I‖` for F monotone by m with norm L: `√(1 − 4αm/(1 + αL)²)`."""
-    return math.sqrt(max(0.0, 1.0 - 4.0 * step_size * margin / (1.0 + step_size * norm) ** 2))
+    """The bound of `‖(1 − ρ) I + ρ (2 (I + αF)⁻¹ − I)‖` for F monotone by m with norm L, ρ the relaxation.
+
+    It is `1 − ρ + ρ √(1 − 4αm/(1 + αL)²)`.
+    """
+    reflected = math.sqrt(max(0.0, 1.0 - 4.0 * step_size * margin / (1.0 + step_size * norm) ** 2))
+    return 1.0 - RELAXATION + RELAXATION * reflected
