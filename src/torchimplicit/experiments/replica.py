@@ -73,13 +73,31 @@ class _Exchange:
         places = gradients.new_zeros(self.size, mine.numel())
         places[self.rank] = mine
         message = torch.cat([gradients, places.flatten()])
-        under_way = _sum(message)
+        end = self._swap(message) if self.size == 2 and message.device.type == "cpu" else _sum(message).wait
         self.meanwhile()
-        under_way.wait()
+        end()
         self.parts = message[gradients.numel() :].view_as(places).tolist()
         done: torch.futures.Future[Tensor] = torch.futures.Future()
         done.set_result(message[: gradients.numel()])
         return done
+
+    def _swap(self, message: Tensor) -> Callable[[], object]:
+        """Begin to sum over two processes, which send each other all they have; returns what ends it.
+
+        A sum in parts, as `all_reduce` takes it, has processes wait for each other twice, and a wait costs more here
+        than to send twice as much.
+        """
+        other, theirs = 1 - self.rank, torch.empty_like(message)
+        # What is sent must not change before it is gone.
+        pending = [dist.irecv(theirs, other), dist.isend(message.clone(), other)]
+
+        def end() -> None:
+            for part in pending:
+                assert part is not None  # which it is only outside the group
+                part.wait()
+            message.add_(theirs)
+
+        return end
 
 
 def _sum(message: Tensor) -> Any:
