@@ -70,8 +70,8 @@ def measure_training(layer: str, data: Split, before: int, count: int) -> dict[s
     eager, other = make_model(layer), make_model(layer)
     torch._dynamo.reset()
     other.compile()  # in place: a call costs less than that of what torch.compile(other) returns
-    batches = torch.arange(len(data)).split(BATCH)
-    batch = iter(batches * (1 + (before + count) // len(batches)))
+    epochs = 1 + (before + count) * BATCH // len(data)
+    batch = iter([part for _ in range(epochs) for part in torch.randperm(len(data)).split(BATCH)])
     current: list[Tensor] = []
 
     def prepare() -> None:
@@ -87,8 +87,9 @@ def measure_inference(layer: str, data: Split, before: int, count: int) -> dict[
     """Inference after `before` training steps, as one graph; with the breaks that torch finds."""
     torch.manual_seed(0)
     model = make_model(layer)
+    order = torch.randperm(len(data))
     for i in range(before):
-        train_step(model, *data.batch(slice(i * BATCH % len(data), i * BATCH % len(data) + BATCH)))
+        train_step(model, *data.batch(order[i * BATCH % len(data) :][:BATCH]))
     model.eval()
     images, _ = data.batch(slice(0, BATCH))
     with torch.no_grad():

@@ -1,14 +1,14 @@
 """`FixedPoint` and `Root`: a cell in, an implicit layer out."""
 
 from collections.abc import Callable
-from typing import ClassVar, Never
+from typing import Any, ClassVar, Never
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from .._adjoint import Adjoint
 from .._call import run
-from .._eagerly import eagerly
 from .._options import refuse_unknown
 from .._problem import Kind
 from .._report import OnFailure, check_on_failure
@@ -176,7 +176,7 @@ def _start_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if reduced else x.dtype
 
 
-_forward_uncompiled = eagerly(_Implicit.forward)
+_forward_uncompiled: Any = _disable_dynamo(_Implicit.forward)  # called only where the compiler is in use
 
 
 class FixedPoint(_Implicit):

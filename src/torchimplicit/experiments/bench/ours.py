@@ -1,6 +1,6 @@
 """Our contenders: each solver with the adjoints that suit it, on a plain cell."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ MakeAdjoint = Callable[[float], ti.Implicit]
 SOLVERS: dict[str, MakeMethod] = {
     "picard": lambda rtol: ti.Picard(rtol=rtol),
     "picard, every 4th step checked": lambda rtol: ti.Picard(rtol=rtol, check_every=4),
+    "picard, every 12th step checked": lambda rtol: ti.Picard(rtol=rtol, check_every=12),
     "picard, extrapolated": lambda rtol: ti.Picard(rtol=rtol, check_every=4, extrapolate_every=8),
     "picard, mixed precision": lambda rtol: ti.Picard(rtol=rtol, check_every=4, mixed_precision=True),
     "picard, extrapolated, mixed precision": lambda rtol: ti.Picard(
@@ -41,7 +42,7 @@ def same_name(problem: Problem, solver: str) -> tuple[Contender, ...]:
     solvers = [name for name in SOLVERS if name.partition(",")[0] == solver]
     adjoints = [name for name in ADJOINTS if solver != "picard" or "reuse" not in name]
     pairs = [(s, a) for s in solvers for a in adjoints if ("mixed" in s) == ("mixed" in a)]
-    return tuple(_contender(problem, s, a) for s, a in pairs)
+    return _contenders(problem, pairs)
 
 
 def everything(problem: Problem) -> tuple[Contender, ...]:
@@ -49,6 +50,7 @@ def everything(problem: Problem) -> tuple[Contender, ...]:
     pairs = [
         ("picard", "implicit"),
         ("picard, every 4th step checked", "implicit"),
+        ("picard, every 12th step checked", "implicit"),
         ("picard, extrapolated", "implicit"),
         ("picard, extrapolated", "implicit, GMRES"),
         ("picard, mixed precision", "implicit, mixed precision"),
@@ -59,7 +61,7 @@ def everything(problem: Problem) -> tuple[Contender, ...]:
         ("auto", "implicit"),
         ("auto", "implicit, GMRES"),
     ]
-    return tuple(_contender(problem, solver, adjoint) for solver, adjoint in pairs)
+    return _contenders(problem, pairs)
 
 
 def short_list(problem: Problem) -> tuple[Contender, ...]:
@@ -69,14 +71,21 @@ def short_list(problem: Problem) -> tuple[Contender, ...]:
         ("anderson, every 2nd step checked", "implicit"),
         ("auto", "implicit"),
     ]
-    return tuple(_contender(problem, solver, adjoint) for solver, adjoint in pairs)
+    return _contenders(problem, pairs)
 
 
-def _contender(problem: Problem, solver: str, adjoint: str) -> Contender:
+def _contenders(problem: Problem, pairs: Sequence[tuple[str, str]]) -> tuple[Contender, ...]:
+    """One for each pair of a solver and an adjoint, and layout in memory."""
+    return tuple(
+        _contender(other, layout, solver, adjoint) for layout, other in problem.layouts() for solver, adjoint in pairs
+    )
+
+
+def _contender(problem: Problem, layout: str, solver: str, adjoint: str) -> Contender:
     def make(forward: float, backward: float, _: Counts | None) -> Runner:
         return _runner(problem, SOLVERS[solver](forward), ADJOINTS[adjoint](backward))
 
-    return Contender(f"{solver}; {adjoint}", make)
+    return Contender(f"{solver}; {adjoint}{layout}", make)
 
 
 def _runner(problem: Problem, solver: Method, adjoint: ti.Implicit) -> Runner:

@@ -78,12 +78,12 @@ def optimistix(problem: Problem) -> tuple[Contender, ...]:
         ("fixed point", "GMRES 8", False),
         ("fixed point", "GMRES 16", False),
         ("fixed point", "GMRES 32", False),
+        ("fixed point", "GMRES 64", False),
         ("fixed point", "GMRES 16", True),
         ("fixed point", "normal CG", False),
         ("Newton", "GMRES 16", False),
+        ("fixed point", "LU", True),
     ]
-    if problem.x.shape[1] <= 256:
-        combinations.append(("fixed point", "LU", True))
     return tuple(
         _contender(problem, f"optimistix {f}; lineax {a}; {'vmap' if m else 'whole'}", solve(f, a, m))
         for f, a, m in combinations

@@ -25,16 +25,20 @@ _FORWARD_OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
 def torchdeq(problem: Problem, solver: str, backward_solver: str | None = None) -> tuple[Contender, ...]:
     """TorchDEQ's solver of one of our names forward and, unless another is named, backward.
 
-    Both of its implementations of the implicit gradient, as an autograd function and as a tensor hook.
+    Both of its implementations of the implicit gradient, as an autograd function and as a tensor hook; images in both
+    layouts, though its states are contiguous between the steps.
     """
     return tuple(
-        _contender(problem, solver, backward_solver or solver, hook, options)
+        _contender(other, layout, solver, backward_solver or solver, hook, options)
+        for layout, other in problem.layouts()
         for options in _FORWARD_OPTIONS[solver]
         for hook in (True, False)
     )
 
 
-def _contender(problem: Problem, solver: str, backward_solver: str, hook: bool, options: dict[str, Any]) -> Contender:
+def _contender(
+    problem: Problem, layout: str, solver: str, backward_solver: str, hook: bool, options: dict[str, Any]
+) -> Contender:
     from torchdeq import get_deq
 
     start = problem.start
@@ -72,7 +76,7 @@ def _contender(problem: Problem, solver: str, backward_solver: str, hook: bool, 
         return torch_runner(problem, solve, count, settings | options)
 
     ridge = f", lam={options['lam']:g}" if options else ""
-    label = f"torchdeq {SOLVERS[solver]}{ridge}; {SOLVERS[backward_solver]}, {'hook_ift' if hook else 'ift'}"
+    label = f"torchdeq {SOLVERS[solver]}{ridge}; {SOLVERS[backward_solver]}, {'hook_ift' if hook else 'ift'}{layout}"
     return Contender(label, make)
 
 

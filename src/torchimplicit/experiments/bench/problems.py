@@ -68,6 +68,20 @@ class Problem:
         """The map at x."""
         return self.cell(z, self.x)
 
+    def layouts(self) -> tuple[tuple[str, "Problem"], ...]:
+        """The problem as it is, unnamed, and its images with their channels last in memory, where it has images.
+
+        The numbers are the same. Weights in this format are torch's own advice for convolutions on CPUs: with them it
+        is the format of what a convolution returns, too.
+        """
+        if not isinstance(self.cell, ConvCell):
+            return (("", self),)
+        last = torch.channels_last
+        cell = ConvCell(self.cell.weight.detach().contiguous(memory_format=last))
+        x = self.x.detach().contiguous(memory_format=last).requires_grad_()
+        other = Problem(self.name, self.radius, cell, x, self.cotangent.contiguous(memory_format=last))
+        return (", channels_last", other), ("", self)
+
 
 def make_problem(name: str, radius: float, seed: int, batch: int | None = None) -> Problem:
     """Draw a problem from `seed`: "tanh-N" (batch 100) or "conv" (32 channels, 32×32, batch 32)."""
