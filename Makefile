@@ -123,7 +123,7 @@ examples: $(VENV)/.dev ## run all examples as they are recorded, three hours (TO
 	env -u TORCHIMPLICIT_DATA $(EXAMPLE).lightning_mnist                # 20 seconds
 	$(EXAMPLE).residual_deq                                             # 45 minutes
 	$(EXAMPLE).backward_pareto                                          # 30 minutes
-	$(EXAMPLE).backward_pareto --twin                                   # 20 seconds
+	$(EXAMPLE).backward_pareto --twin                                   # 90 seconds
 	$(EXAMPLE).mondeq fc                                                # 5 minutes
 	$(EXAMPLE).mondeq fc --twin                                         # 2 minutes
 	$(EXAMPLE).mondeq conv                                              # 15 minutes
