@@ -4,6 +4,10 @@ A training step is the forward pass, the loss, the backward pass and the optimis
 from the same weights (those of the eager side, copied outside the clock), on the same batch, in turns that alternate.
 The bar for a training step: the median of the pairs' ratios is at most 1. The explicit twin of the model, which has no
 equation to solve and no break in its graph, shows what `torch.compile` itself costs at this size.
+
+The model is an `nn.Sequential`. Where a break falls into one, torch compiles nothing of it (its containers are on a
+list of what is skipped), and what is measured is the cost of trying. "picard in a module" is the same network as a
+module of its own, where what lies before and after the layer is compiled.
 """
 
 import argparse
@@ -25,8 +29,26 @@ from torchimplicit.experiments.recipe import make_model
 BOUND = 1.0
 BATCH = 100
 LAYERS = ("picard", "anderson", "newton", "explicit")
+MODULE = "picard in a module"
 TRACED = ("picard", "anderson", "explicit")
 """Layers whose inference is one graph; the recipe's Newton solves its linear systems by GMRES, which is not traced."""
+
+
+class Module(nn.Module):
+    """The layers of a sequence, called one by one from a `forward` that torch compiles."""
+
+    def __init__(self, layers: nn.Sequential) -> None:
+        super().__init__()
+        self.flatten, self.first, self.layer, self.last = layers
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images `(B, 28, 28)` to logits."""
+        return self.last(self.layer(self.first(self.flatten(images))))
+
+
+def make(layer: str) -> nn.Module:
+    """The MNIST model with this layer, or the one in a module."""
+    return Module(make_model("picard")) if layer == MODULE else make_model(layer)
 
 
 def train_step(model: nn.Module, images: Tensor, labels: Tensor) -> None:
@@ -67,7 +89,7 @@ def summary(seconds: list[Any]) -> dict[str, float]:
 def measure_training(layer: str, data: Split, before: int, count: int) -> dict[str, float]:
     """Training steps `before` to `before + count` of one layer, on both sides."""
     torch.manual_seed(0)
-    eager, other = make_model(layer), make_model(layer)
+    eager, other = make(layer), make(layer)
     torch._dynamo.reset()
     other.compile()  # in place: a call costs less than that of what torch.compile(other) returns
     epochs = 1 + (before + count) * BATCH // len(data)
@@ -112,7 +134,7 @@ def main(arguments: Sequence[str]) -> int:
     torch.set_num_threads(1)
     digits = load_digits()
     training = {}
-    for layer in LAYERS:
+    for layer in (*LAYERS, MODULE):
         row = training[layer] = measure_training(layer, digits.train, options.before, options.repeats)
         print(f"training, {layer}: {_line(row)}")
     inference = {}

@@ -63,14 +63,14 @@ RELAXATION = 0.95
 
 
 def resolvent_step(operator: MonotoneOperator) -> float:
-    """The α of Peaceman and Rachford's method: `0.85/√(m L)`.
+    """The α of Peaceman and Rachford's method: `0.9/√(m L)`.
 
     Without the factor it is the best one where `I − W` is symmetric and nothing is cut off. An activation cuts off the
     slowest modes, and what remains of them takes a larger part in the error than in the residual; then this one and
     `RELAXATION`, which damps the modes that alternate in sign, take 10 to 30 % of the steps away from layers with
     L/m = 100 or more, and add one at most where L/m is a few units.
     """
-    return 0.85 * (operator.margin * max(operator.norm_estimate(), operator.margin)) ** -0.5
+    return 0.9 * (operator.margin * max(operator.norm_estimate(), operator.margin)) ** -0.5
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Splitting(LinearSolver):
     Args:
         method: `"peaceman-rachford"`, a product with `(I + α (I − W))⁻¹` each step; or `"forward-backward"`, one with
             `W`, and many more of them.
-        step_size: α; None is `0.85/√(m L)`, or `m/L²` for forward-backward: m the margin, L the norm of `I − W`.
+        step_size: α; None is `0.9/√(m L)`, or `m/L²` for forward-backward: m the margin, L the norm of `I − W`.
         max_steps: steps at most.
         fallback: for everything else.
     """
