@@ -32,6 +32,22 @@ def test_the_same_seed_is_the_same_problem() -> None:
     assert not torch.equal(first.x, make_problem("tanh-16", 0.5, 4, batch=4).x)
 
 
+def test_images_are_tried_in_both_layouts_and_are_the_same() -> None:
+    problem = make_problem("conv", 0.5, 0, batch=1)
+    (name, last), (unnamed, plain) = problem.layouts()
+    assert (name, unnamed) == (", channels_last", "") and plain is problem
+    format_ = torch.channels_last
+    tensors = (last.cell.weight, last.x, last.cotangent, last.start, last.f(last.start))
+    assert all(t.is_contiguous(memory_format=format_) and not t.is_contiguous() for t in tensors)
+    assert last.x.requires_grad and torch.equal(last.x, problem.x)
+    torch.testing.assert_close(last.f(last.cotangent), problem.f(problem.cotangent))
+    labels = [contender.label for contender in ours.everything(problem)]
+    assert len(labels) == len(set(labels)) and sum(label.endswith(", channels_last") for label in labels) * 2 == len(
+        labels
+    )
+    assert [name for name, _ in make_problem("tanh-16", 0.5, 3, batch=4).layouts()] == [""]
+
+
 def test_an_unknown_problem_is_named() -> None:
     with pytest.raises(ValueError, match="'conf' is not known"):
         make_problem("conf", 0.5, 0)
