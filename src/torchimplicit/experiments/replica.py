@@ -50,6 +50,7 @@ class Replica:
         """
         exchange = self._exchange
         exchange.numbers, exchange.meanwhile, exchange.parts = numbers, meanwhile or list, []
+        exchange.expect()
         backward()
         return exchange.parts
 
@@ -62,6 +63,14 @@ class _Exchange:
         self.numbers: Callable[[], list[float]] = list
         self.meanwhile: Callable[[], object] = list
         self.parts: list[list[float]] = []
+        self._like: Tensor | None = None  # the last step's message, where it was in one piece
+        self._steady = False
+        self._coming: tuple[Any, Tensor] | None = None
+
+    def expect(self) -> None:
+        """Be ready for the other process's message: one that is expected need not ask first."""
+        if self._steady and self._like is not None and self._coming is None:
+            self._coming = self._receive(self._like)
 
     def take(self, _: None, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         """Begin to take the mean of some gradients; with the last ones, end it, and gather the numbers."""
@@ -73,7 +82,14 @@ class _Exchange:
         places = gradients.new_zeros(self.size, mine.numel())
         places[self.rank] = mine
         message = torch.cat([gradients, places.flatten()])
-        end = self._swap(message) if self.size == 2 and message.device.type == "cpu" else _sum(message).wait
+        if self.size == 2 and message.device.type == "cpu":
+            end = self._swap(message)
+            # DDP deals the gradients out anew after the first step; in one piece they stay as they are then.
+            alone, before = bucket.index() == 0, self._like
+            self._steady = alone and before is not None and before.shape == message.shape
+            self._like = message if alone else None
+        else:
+            end = _sum(message).wait
         self.meanwhile()
         end()
         self.parts = message[gradients.numel() :].view_as(places).tolist()
@@ -87,17 +103,21 @@ class _Exchange:
         A sum in parts, as `all_reduce` takes it, has processes wait for each other twice, and a wait costs more here
         than to send twice as much.
         """
-        other, theirs = 1 - self.rank, torch.empty_like(message)
+        coming, theirs = self._coming or self._receive(message)
+        self._coming = None
         # What is sent must not change before it is gone.
-        pending = [dist.irecv(theirs, other), dist.isend(message.clone(), other)]
+        going: Any = dist.isend(message.clone(), 1 - self.rank)
 
         def end() -> None:
-            for part in pending:
-                assert part is not None  # which it is only outside the group
-                part.wait()
+            coming.wait()
+            going.wait()
             message.add_(theirs)
 
         return end
+
+    def _receive(self, like: Tensor) -> tuple[Any, Tensor]:
+        theirs = torch.empty_like(like)
+        return dist.irecv(theirs, 1 - self.rank), theirs
 
 
 def _sum(message: Tensor) -> Any:
