@@ -89,29 +89,38 @@ class _Exchange:
             self._steady = alone and before is not None and before.shape == message.shape
             self._like = message if alone else None
         else:
-            end = _sum(message).wait
+            end = self._sum_of_all(message)
         self.meanwhile()
-        end()
-        self.parts = message[gradients.numel() :].view_as(places).tolist()
+        total = end()
+        self.parts = total[gradients.numel() :].view_as(places).tolist()
         done: torch.futures.Future[Tensor] = torch.futures.Future()
-        done.set_result(message[: gradients.numel()])
+        done.set_result(total[: gradients.numel()])
         return done
 
-    def _swap(self, message: Tensor) -> Callable[[], object]:
-        """Begin to sum over two processes, which send each other all they have; returns what ends it.
+    def _sum_of_all(self, message: Tensor) -> Callable[[], Tensor]:
+        """Begin to sum over all processes; returns what ends it."""
+        under_way = _sum(message)
+
+        def end() -> Tensor:
+            under_way.wait()
+            return message
+
+        return end
+
+    def _swap(self, message: Tensor) -> Callable[[], Tensor]:
+        """The same for two processes, which send each other all they have.
 
         A sum in parts, as `all_reduce` takes it, has processes wait for each other twice, and a wait costs more here
         than to send twice as much.
         """
         coming, theirs = self._coming or self._receive(message)
         self._coming = None
-        # What is sent must not change before it is gone.
-        going: Any = dist.isend(message.clone(), 1 - self.rank)
+        going: Any = dist.isend(message, 1 - self.rank)
 
-        def end() -> None:
+        def end() -> Tensor:
             coming.wait()
             going.wait()
-            message.add_(theirs)
+            return theirs.add_(message)
 
         return end
 
