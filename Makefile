@@ -126,8 +126,8 @@ examples: $(VENV)/.dev ## run all examples as they are recorded, three hours (TO
 	$(EXAMPLE).backward_pareto --twin                                   # 90 seconds
 	$(EXAMPLE).mondeq fc                                                # 5 minutes
 	$(EXAMPLE).mondeq fc --twin                                         # 2 minutes
-	$(EXAMPLE).mondeq conv                                              # 15 minutes
-	$(EXAMPLE).mondeq conv --twin                                       # 3 minutes
+	$(EXAMPLE).mondeq conv                                              # 20 minutes
+	$(EXAMPLE).mondeq conv --twin                                       # 5 minutes
 	$(EXAMPLE).certified                                                # 10 minutes
 	$(EXAMPLE).certified --twin                                         # 30 seconds
 	$(EXAMPLE).graph_chains                                             # 20 minutes

@@ -82,7 +82,7 @@ class ExplicitConv(nn.Sequential):
 MODELS = {"fc": FullyConnected, "conv": Convolutional}
 SETTINGS = {
     "fc": {"epochs": 20, "rate": 3e-3, "batch": 128, "shift": 1, "decay": 0.0},
-    "conv": {"epochs": 5, "rate": 4e-3, "batch": 128, "shift": 1, "decay": 0.0},
+    "conv": {"epochs": 8, "rate": 4e-3, "batch": 128, "shift": 1, "decay": 0.0},
 }
 EXPERIMENTS = {
     model: Experiment(
