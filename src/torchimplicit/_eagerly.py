@@ -5,7 +5,9 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch._compile import _disable_dynamo
+from torch.compiler import is_compiling
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -21,6 +23,7 @@ def eagerly(function: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        return (uncompiled if "torch._dynamo" in sys.modules else function)(*args, **kwargs)
+        compiling = "torch._dynamo" in sys.modules and (is_compiling() or get_eval_frame_callback() is not None)
+        return (uncompiled if compiling else function)(*args, **kwargs)
 
     return call

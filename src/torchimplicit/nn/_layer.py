@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Never
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
+from torch.compiler import is_compiling, is_exporting
 
 from .._adjoint import Adjoint
 from .._call import run
@@ -18,6 +19,7 @@ from ..diagnostics import name_of, record
 from ..solvers import Method
 from ._depth import take_steps
 from ._memory import Memory
+from ._operation import are_tensors, enroll, solve_in_graph
 from ._quantised import couples_samples
 
 _OPTIONS = ("solver", "adjoint", "batch_dims", "max_steps", "on_failure", "init", "depth", "process_group")
@@ -27,6 +29,13 @@ class _Implicit(nn.Module):
     """What the two layers share: options, start, `forward` and `solve`. No state but the cell's own."""
 
     _kind: ClassVar[Kind]
+
+    in_graph: bool | None = None
+    """Whether a solve is one operator in the graphs of `torch.compile`, whatever its solver and its adjoint: with True
+    there is no break (`fullgraph=True`). With None there is one in training, unless the gradient is in the same graph
+    (`torch._dynamo.config.trace_autograd_ops`); in inference the solve is a loop in the graph, or a break. With False
+    it is never the operator.
+    """
 
     def __init__(
         self,
@@ -66,6 +75,11 @@ class _Implicit(nn.Module):
         self.on_failure: OnFailure = on_failure
         self.process_group = process_group
         self.depth = depth
+        self._number = enroll(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._number = enroll(self)  # a copy is another layer
 
     @property
     def depth(self) -> int | None:
@@ -85,12 +99,23 @@ class _Implicit(nn.Module):
 
     def forward(self, *inputs: PyTree) -> PyTree:
         """The solution z for these inputs: `solve(*inputs).value`."""
-        # A memory is a break in the graph, and so is a derivative. One break, here: further in, every function on the
-        # way would be compiled for nothing.
-        compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-        if compiled and (torch.is_grad_enabled() or isinstance(self.init, Memory)):
-            return _forward_uncompiled(self, *inputs)
+        compiled = is_compiling() and not is_exporting()
+        if compiled and (torch.is_grad_enabled() or isinstance(self.init, Memory) or self.in_graph):
+            return self._forward_compiled(*inputs)
         return self.solve(*inputs).value
+
+    def _forward_compiled(self, *inputs: PyTree) -> PyTree:
+        in_graph = torch._dynamo.config.trace_autograd_ops if self.in_graph is None else self.in_graph
+        if in_graph and isinstance(self.cell, nn.Module) and are_tensors(inputs):
+            zeros = type(self)._start is _Implicit._start and (self.init is None or isinstance(self.init, Memory))
+            if zeros:
+                return solve_in_graph(self, self._number, inputs, None)
+            if not isinstance(self.init, Memory):
+                start = self._start(*inputs)
+                if isinstance(start, Tensor) or (isinstance(start, tuple) and len(start) > 1 and are_tensors(start)):
+                    return solve_in_graph(self, self._number, inputs, start)
+        # One break, here: further in, every function on the way would be compiled for nothing.
+        return _forward_uncompiled(self, *inputs)
 
     def solve(self, *inputs: PyTree, trace: bool = False, start: PyTree | None = None) -> Solution:
         """The solution for these inputs with its evidence, a `Solution`.
