@@ -18,8 +18,8 @@ from .._spread import ProcessGroup
 from ..diagnostics import name_of, record
 from ..solvers import Method
 from ._depth import take_steps
+from ._enrolled import enroll
 from ._memory import Memory
-from ._operation import are_tensors, enroll, solve_in_graph
 from ._quantised import couples_samples
 
 _OPTIONS = ("solver", "adjoint", "batch_dims", "max_steps", "on_failure", "init", "depth", "process_group")
@@ -106,13 +106,15 @@ class _Implicit(nn.Module):
 
     def _forward_compiled(self, *inputs: PyTree) -> PyTree:
         in_graph = torch._dynamo.config.trace_autograd_ops if self.in_graph is None else self.in_graph
-        if in_graph and isinstance(self.cell, nn.Module) and are_tensors(inputs):
+        if in_graph and isinstance(self.cell, nn.Module) and _are_dense(inputs):
+            from ._operation import solve_in_graph
+
             zeros = type(self)._start is _Implicit._start and (self.init is None or isinstance(self.init, Memory))
             if zeros:
                 return solve_in_graph(self, self._number, inputs, None)
             if not isinstance(self.init, Memory):
                 start = self._start(*inputs)
-                if isinstance(start, Tensor) or (isinstance(start, tuple) and len(start) > 1 and are_tensors(start)):
+                if isinstance(start, Tensor) or (isinstance(start, tuple) and len(start) > 1 and _are_dense(start)):
                     return solve_in_graph(self, self._number, inputs, start)
         # One break, here: further in, every function on the way would be compiled for nothing.
         return _forward_uncompiled(self, *inputs)
@@ -193,6 +195,10 @@ class _Implicit(nn.Module):
                 f"{type(inputs[0]).__name__ if inputs else 'missing'}; give init=, a callable of the inputs."
             )
         return torch.zeros_like(inputs[0], dtype=_start_dtype(inputs[0]))
+
+
+def _are_dense(values: tuple[Any, ...]) -> bool:
+    return len(values) > 0 and all(isinstance(t, Tensor) and t.layout == torch.strided for t in values)
 
 
 def _start_dtype(x: Tensor) -> torch.dtype:

@@ -6,6 +6,8 @@ into a graph of autograd's that waits for the operator of the backward pass. The
 
 All that the layer reads is an input of the operator: start, arguments, parameters and buffers. A tensor that requires
 a gradient and is none of these would get none, which is an error.
+
+This module is imported where a compiler first asks for the operator: to define one takes ten milliseconds.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,6 +23,7 @@ from torch.library import Library, register_fake
 from torch.nn.utils.stateless import _reparametrize_module
 
 from .._solution import PyTree
+from ._enrolled import enrolled
 
 R = TypeVar("R")
 
@@ -32,9 +35,8 @@ class _Held(bytearray):
     sources: list[Tensor]
 
 
-_layers: WeakValueDictionary[int, Any] = WeakValueDictionary()
 _held: WeakValueDictionary[int, _Held] = WeakValueDictionary()
-_layer_numbers, _token_numbers = count(), count()
+_numbers = count()
 
 _library = Library("torchimplicit", "FRAGMENT")
 # Of the tensors `starts` are the start (none: the layer's own) and `inputs` the arguments; the rest is the layer's
@@ -50,13 +52,6 @@ _SOLVE: Any = torch.ops.torchimplicit.solve.default
 _BACKWARD: Any = torch.ops.torchimplicit.solve_backward.default
 
 
-def enroll(layer: nn.Module) -> int:
-    """A number for a layer, by which the operator finds it."""
-    number = next(_layer_numbers)
-    _layers[number] = layer
-    return number
-
-
 def solve_in_graph(layer: nn.Module, number: int, inputs: tuple[Tensor, ...], start: PyTree | None) -> Any:
     """The solution by the operator: for the compiler to trace.
 
@@ -69,11 +64,6 @@ def solve_in_graph(layer: nn.Module, number: int, inputs: tuple[Tensor, ...], st
     starts = () if start is None else start if isinstance(start, tuple) else (start,)
     values, _ = _SOLVE([*starts, *inputs, *_state(layer, set())], len(starts), len(inputs), number)
     return tuple(values) if isinstance(start, tuple) else values[0]
-
-
-def are_tensors(values: tuple[Any, ...]) -> bool:
-    """Whether they are what the operator takes: tensors, dense ones, and there are any."""
-    return len(values) > 0 and all(isinstance(t, Tensor) and t.layout == torch.strided for t in values)
 
 
 def _state(module: nn.Module, seen: set[Tensor]) -> list[Tensor]:
@@ -99,7 +89,7 @@ def _solve(
     autocast: torch.dtype | None = None,
 ) -> tuple[list[Tensor], Tensor]:
     """Solve, and hold the graph."""
-    layer = _layers[number]
+    layer = enrolled(number)
     wanted = [False] * len(tensors) if wanted is None else wanted
     recorded = any(wanted)
     with torch.set_grad_enabled(recorded):
@@ -121,7 +111,7 @@ def _solve(
             ):
                 value = layer.solve(*leaves[starts:], start=start).value
     values = value if isinstance(value, tuple) else (value,)
-    held = _Held(next(_token_numbers).to_bytes(8, "little"))
+    held = _Held(next(_numbers).to_bytes(8, "little"))
     if recorded:
         held.values, held.sources = values, list(compress((*leaves, *own), wanted))
         _refuse_others(layer, values, held.sources)
