@@ -1,7 +1,8 @@
 """Throughput of the full MNIST job on two processes (torchrun, DDP, gloo) and on one, at the same global batch.
 
 Interleaved runs of both, one thread per process; the epochs' own training seconds are compared, without start and
-evaluation. Two quiet cores are needed, and the load of the machine is written down.
+evaluation. Two quiet cores are needed, and the load of the machine is written down. Where the cores are not equally
+quiet, the processes divide a batch by their speeds, unless `--shares even` is given.
 
 make distributed TORCHIMPLICIT_DATA=DIR
 """
@@ -24,12 +25,15 @@ BAR = 1.5
 """Times the images per second of one process."""
 
 
-def run(processes: int, folder: Path, epochs: int, batch: int, layer: str, data_dir: Path | None) -> list[float]:
+def run(
+    processes: int, folder: Path, epochs: int, batch: int, layer: str, data_dir: Path | None, shares: str
+) -> list[float]:
     """Train; images per second of each epoch but the first, which warms up."""
     job = ["-m", "torchimplicit.experiments.main", "train", "mnist", "--layer", layer, "--threads", "1"]
     job += ["--epochs", str(epochs), "--batch-size", str(batch), "--out", str(folder), "--checkpoint-every", "100000"]
     if data_dir is not None:
         job += ["--data-dir", str(data_dir)]
+    job += ["--shares", shares]
     starter = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = [sys.executable, *(starter if processes > 1 else []), *job]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -46,6 +50,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=1024)
     parser.add_argument("--layer", default="picard")
+    parser.add_argument("--shares", default="speed")
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--out", type=Path, default=RESULTS / "distributed.json")
     options = parser.parse_args(arguments)
@@ -56,13 +61,14 @@ def main(arguments: Sequence[str]) -> int:
             for processes in rates:
                 place = Path(folder) / f"{repeat}-{processes}"
                 size = options.batch_size
-                found = run(processes, place, options.epochs, size, options.layer, options.data_dir)
+                found = run(processes, place, options.epochs, size, options.layer, options.data_dir, options.shares)
                 rates[processes].append(median(found))
                 print(f"{processes} processes: {rates[processes][-1]:,.0f} images per second", file=sys.stderr)
             load.append(os.getloadavg()[0])
     ratios = [two / one for one, two in zip(rates[1], rates[2], strict=True)]
     result: dict[str, Any] = {
         "layer": options.layer,
+        "shares": options.shares,
         "global_batch": options.batch_size,
         "data": data_used(load_digits(options.data_dir)),
         "images_per_second": {str(processes): found for processes, found in rates.items()},

@@ -192,11 +192,7 @@ def test_processes_agree_on_a_store_without_what_a_lost_attempt_has_left() -> No
         world.fresh(torch.distributed.HashStore(), 0, 3, patience=0.1)
 
 
-def test_a_batch_is_divided_in_order_and_evenly() -> None:
-    index = torch.arange(10)
-    shares = [World(rank, 4).share(index).tolist() for rank in range(4)]
-    assert shares == [[0, 1, 2], [3, 4, 5], [6, 7], [8, 9]]
-    assert World(3, 4).share(index[:2]).tolist() == []
+def test_each_process_has_a_gpu_of_its_own() -> None:
     assert [World(1, 2, local_rank=1).device(name) for name in ("cpu", "cuda", "cuda:5")] == ["cpu", "cuda:1", "cuda:5"]
 
 

@@ -17,6 +17,7 @@ from torchimplicit.experiments.console import PlainReporter, make_reporter
 from torchimplicit.experiments.data import DATA_VARIABLE, load_digits
 from torchimplicit.experiments.errors import ExperimentError
 from torchimplicit.experiments.metrics import outcome
+from torchimplicit.experiments.shares import Shares
 from torchimplicit.experiments.train import Job, train
 from torchimplicit.experiments.world import ElsewhereError
 
@@ -180,6 +181,14 @@ def train_mnist(
             rich_help_panel=RUN,
         ),
     ] = 100,
+    shares: Annotated[
+        str,
+        typer.Option(
+            help="Under torchrun, the parts of a batch: [bold]even[/bold], or by the [bold]speed[/bold] of the "
+            "processes, of which results then depend in their last digits.",
+            rich_help_panel=RUN,
+        ),
+    ] = "even",
     device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...", rich_help_panel=RUN)] = "cpu",
     threads: Annotated[
         int | None,
@@ -196,6 +205,7 @@ def train_mnist(
     with _one_line_errors(), world.join(device) as here:
         console = Console(quiet=not here.leads)
         check_layer(layer)
+        Shares.check(shares)
         config = TrainConfig(
             layer=layer,
             epochs=DEFAULT_EPOCHS[layer] if epochs is None else epochs,
@@ -215,7 +225,7 @@ def train_mnist(
             raise ExperimentError(f"--checkpoint-every: must be at least 1, not {checkpoint_every}")
         folder = out or Path("runs") / f"mnist-{layer}-seed{seed}"
         digits = here.in_turn(lambda: load_digits(data_dir, download))
-        job = Job(config, digits, folder, resume, checkpoint_every, safetensors, here)
+        job = Job(config, digits, folder, resume, checkpoint_every, safetensors, here, shares)
         _say(console, f"data: {digits.describe()}")
         _say(console, f"run: {folder}")
         try:

@@ -1,5 +1,6 @@
 """A model that several processes train: one message a step carries the gradients and the step's numbers."""
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import GradBucket  # pyright: ignore[reportPrivateImportUsage]
 from torch.nn.parallel import DistributedDataParallel
+
+from torchimplicit.experiments.mailbox import Mailbox
 
 
 class Replica:
@@ -29,7 +32,20 @@ class Replica:
 
     def __call__(self, x: Tensor) -> Any:
         """The model's output."""
+        self._exchange.samples = len(x)
         return self._model(x)
+
+    @property
+    def speeds(self) -> list[float]:
+        """Of every process, in samples per second, in the step before the last one; 0 where that is not known.
+
+        The time for which a process waited for the others does not count.
+        """
+        return self._exchange.speeds
+
+    def pause(self) -> None:
+        """Say that something else than training comes before the next step."""
+        self._exchange.ended = None
 
     def backward(
         self,
@@ -50,7 +66,6 @@ class Replica:
         """
         exchange = self._exchange
         exchange.numbers, exchange.meanwhile, exchange.parts = numbers, meanwhile or list, []
-        exchange.expect()
         backward()
         return exchange.parts
 
@@ -63,42 +78,41 @@ class _Exchange:
         self.numbers: Callable[[], list[float]] = list
         self.meanwhile: Callable[[], object] = list
         self.parts: list[list[float]] = []
-        self._like: Tensor | None = None  # the last step's message, where it was in one piece
-        self._steady = False
-        self._coming: tuple[Any, Tensor] | None = None
-
-    def expect(self) -> None:
-        """Be ready for the other process's message: one that is expected need not ask first."""
-        if self._steady and self._like is not None and self._coming is None:
-            self._coming = self._receive(self._like)
+        self.samples = 0
+        self.speeds = [0.0] * size
+        self.ended: float | None = None  # when the last step did
+        self._speed = 0.0
+        self._mailbox: Mailbox | None = None
+        self._opened_for = 0
 
     def take(self, _: None, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         """Begin to take the mean of some gradients; with the last ones, end it, and gather the numbers."""
         gradients = bucket.buffer().div_(self.size)
         if not bucket.is_last():
             return _sum(gradients).get_future().then(lambda summed: summed.value()[0])
-        mine = gradients.new_tensor(self.numbers())
+        mine = gradients.new_tensor([self._speed, *self.numbers()])
         # Each in a place of its own, so that the sum is all of them.
         places = gradients.new_zeros(self.size, mine.numel())
         places[self.rank] = mine
-        message = torch.cat([gradients, places.flatten()])
-        if self.size == 2 and message.device.type == "cpu":
-            end = self._swap(message)
-            # DDP deals the gradients out anew after the first step; in one piece they stay as they are then.
-            alone, before = bucket.index() == 0, self._like
-            self._steady = alone and before is not None and before.shape == message.shape
-            self._like = message if alone else None
-        else:
-            end = self._sum_of_all(message)
+        end = self._send(torch.cat([gradients, places.flatten()]))
         self.meanwhile()
+        began = time.perf_counter()
         total = end()
-        self.parts = total[gradients.numel() :].view_as(places).tolist()
+        self._measure(began)
+        columns = total[gradients.numel() :].view_as(places).tolist()
+        self.speeds, self.parts = [row[0] for row in columns], [row[1:] for row in columns]
         done: torch.futures.Future[Tensor] = torch.futures.Future()
         done.set_result(total[: gradients.numel()])
         return done
 
-    def _sum_of_all(self, message: Tensor) -> Callable[[], Tensor]:
+    def _send(self, message: Tensor) -> Callable[[], Tensor]:
         """Begin to sum over all processes; returns what ends it."""
+        if self.size > 1 and message.device.type == "cpu" and self._opened_for != message.numel():
+            # Once or twice: DDP deals the gradients out anew after the first step.
+            self._mailbox, self._opened_for = Mailbox.open(self.rank, self.size, message.numel()), message.numel()
+        if self._mailbox is not None:
+            self._mailbox.post(message)
+            return self._mailbox.collect
         under_way = _sum(message)
 
         def end() -> Tensor:
@@ -107,26 +121,11 @@ class _Exchange:
 
         return end
 
-    def _swap(self, message: Tensor) -> Callable[[], Tensor]:
-        """The same for two processes, which send each other all they have.
-
-        A sum in parts, as `all_reduce` takes it, has processes wait for each other twice, and a wait costs more here
-        than to send twice as much.
-        """
-        coming, theirs = self._coming or self._receive(message)
-        self._coming = None
-        going: Any = dist.isend(message, 1 - self.rank)
-
-        def end() -> Tensor:
-            coming.wait()
-            going.wait()
-            return theirs.add_(message)
-
-        return end
-
-    def _receive(self, like: Tensor) -> tuple[Any, Tensor]:
-        theirs = torch.empty_like(like)
-        return dist.irecv(theirs, 1 - self.rank), theirs
+    def _measure(self, began: float) -> None:
+        """How fast this process was, after a wait that began then."""
+        busy = 0.0 if self.ended is None else began - self.ended
+        self._speed = self.samples / busy if busy > 0 else 0.0
+        self.ended = time.perf_counter()
 
 
 def _sum(message: Tensor) -> Any:

@@ -23,6 +23,7 @@ from torchimplicit.experiments.errors import ExperimentError
 from torchimplicit.experiments.feed import Feed
 from torchimplicit.experiments.metrics import BatchRecord, EpochTotals, Solves
 from torchimplicit.experiments.recipe import make_model
+from torchimplicit.experiments.shares import Shares
 from torchimplicit.experiments.step import Scheme, train_batch
 from torchimplicit.experiments.weights import check_safetensors, write_safetensors
 from torchimplicit.experiments.world import World
@@ -32,7 +33,18 @@ EVALUATION_BATCH = 1000
 
 @dataclass(frozen=True)
 class Job:
-    """What to train, on what, with whom, and where to write it; `checkpoint_every` counts batches."""
+    """What to train, on what, with whom, and where to write it.
+
+    Attributes:
+        config: the recipe.
+        digits: the data.
+        folder: of the run.
+        resume: go on with the run that is there.
+        checkpoint_every: batches between two checkpoints.
+        safetensors: write the weights in that format, too.
+        world: the processes.
+        shares: how they divide a batch, see `Shares`.
+    """
 
     config: TrainConfig
     digits: Digits
@@ -41,6 +53,7 @@ class Job:
     checkpoint_every: int = 100
     safetensors: bool = False
     world: World = field(default_factory=World)
+    shares: str = "even"
 
 
 def train(job: Job, reporter: Reporter) -> tuple[nn.Sequential, list[dict[str, Any]]]:
@@ -123,6 +136,8 @@ class _Trainer:
         self.job, self.config = job, job.config
         self.model, self.optimizer, self.scheme, self.device = model, optimizer, scheme, device
         self.replica = job.world.replicated(model)
+        # What a GPU does is not seen by the processor's clock.
+        self.shares = Shares(job.world.rank, job.world.size, "even" if device.startswith("cuda") else job.shares)
         self.progress, self.files, self.data_checksum = progress, files, data_checksum
         self.reporter = reporter
         self.train_split = job.digits.train.to(device)
@@ -136,7 +151,7 @@ class _Trainer:
 
     def _epoch(self, epoch: int) -> None:
         batches = list(self._batches(epoch))
-        feed = Feed(lambda number: self.train_split.batch(self.job.world.share(batches[number])), len(batches))
+        feed = Feed(lambda number: self.train_split.batch(self.shares.of(batches[number])), len(batches))
         begin = self.progress.batch
         totals = EpochTotals(**self.progress.totals)
         rate = self.config.learning_rate(epoch)
@@ -144,6 +159,8 @@ class _Trainer:
             group["lr"] = rate
         self.reporter.begin_epoch(epoch, self.config.epochs, len(batches), begin)
         self.model.train()
+        if self.replica is not None:
+            self.replica.pause()
         before, clock = totals.seconds, time.perf_counter()
         for number in range(begin, len(batches)):
             images, labels = feed.take(number)
@@ -159,6 +176,8 @@ class _Trainer:
                 len(batches[number]),
                 partial(feed.prepare, number + 1),
             )
+            if self.replica is not None:
+                self.shares.observe(self.replica.speeds)
             totals.add(record)
             totals.seconds = before + time.perf_counter() - clock
             if self.job.world.leads:
@@ -204,10 +223,11 @@ def evaluate(model: nn.Module, split: Split, scheme: Scheme | None = None) -> di
     scheme = scheme or Scheme()
     clock = time.perf_counter()
     totals = EpochTotals()
+    shares = Shares(scheme.world.rank, scheme.world.size)
     model.eval()
     for number, start in enumerate(range(0, len(split), EVALUATION_BATCH)):
         rows = torch.arange(start, min(start + EVALUATION_BATCH, len(split)), device=split.labels.device)
-        images, labels = split.batch(scheme.world.share(rows))
+        images, labels = split.batch(shares.of(rows))
         with ti.monitor(model) as log, scheme.autocast(images.device):
             logits = model(images)
         loss = nn.functional.cross_entropy(logits.float(), labels).item()

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from torchimplicit.experiments.errors import ExperimentError
 from torchimplicit.experiments.replica import Replica
@@ -51,10 +51,6 @@ class World:
     def device(self, name: str) -> str:
         """Of several GPUs of a machine, its own."""
         return f"cuda:{self.local_rank}" if name == "cuda" and self.size > 1 else name
-
-    def share(self, index: Tensor) -> Tensor:
-        """Its part of a batch of indices, in order; the parts differ by one at most, and may be empty."""
-        return index if self.size == 1 else index.tensor_split(self.size)[self.rank]
 
     def replicated(self, model: nn.Module) -> Replica | None:
         """The model as several processes train it: what the first one has, with the mean of all gradients."""
