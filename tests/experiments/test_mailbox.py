@@ -66,14 +66,16 @@ def _in_turns(rank: int, folder: Path) -> None:
     monkeypatch = pytest.MonkeyPatch()
     monkeypatch.setattr(mailbox, "_cores", lambda: 1 + rank)
     assert Mailbox.open(rank, 2, COUNT) is None  # one of them cannot, so none does
+    monkeypatch.undo()
+    assert Mailbox.open(rank, 2, 1 << 50) is None  # more than there is
     dist.destroy_process_group()
 
 
 def test_two_processes(tmp_path: Path) -> None:
-    before = {*Path("/dev/shm").glob("torchimplicit-*")}
+    before = {*Path("/dev/shm").glob("torchimplicit-*"), *Path().iterdir()}
     multiprocessing.start_processes(_in_turns, (tmp_path,), nprocs=2, start_method="spawn")
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert len(first) == len(second) == (200 if (os.cpu_count() or 1) > 1 else 0)
     for turn, (one, other) in enumerate(zip(first, second, strict=True)):
         assert torch.equal(one, other) and bool((one == 2 * turn + 1000).all())
-    assert {*Path("/dev/shm").glob("torchimplicit-*")} == before
+    assert {*Path("/dev/shm").glob("torchimplicit-*"), *Path().iterdir()} == before

@@ -53,18 +53,11 @@ class Mailbox:
     def open(rank: int, size: int, count: int) -> Mailbox | None:
         """One for the processes of the default group, who must all call this; None where they cannot share memory.
 
-        That is on several machines, on fewer cores than processes, of which some must sleep, and on processors that
-        may show a process what another one wrote in an order of their own.
+        That is on several machines, where there is too little of it, on fewer cores than processes, of which some must
+        sleep, and on processors that may show a process what another one wrote in an order of their own.
         """
         token, length = uuid.uuid4().hex.encode(), Mailbox.bytes_for(size, count)
-        shared = Path("/dev/shm")
-        path = None
-        if rank == 0:
-            handle, name = tempfile.mkstemp(prefix="torchimplicit-", dir=shared if os.access(shared, os.W_OK) else None)
-            with os.fdopen(handle, "wb") as file:
-                file.write(token)
-                file.truncate(length + _LINE)
-            path = Path(name)
+        path = _reserved(token, length + _LINE) if rank == 0 else None
         box: list[object] = [str(path), token]
         dist.broadcast_object_list(box, src=0)
         memory = None
@@ -110,14 +103,34 @@ def _runs(process: int) -> bool:
     return True
 
 
+def _reserved(token: bytes, length: int) -> Path | None:
+    """A new file of this length in memory, if there is so much; it begins with the token."""
+    shared = Path("/dev/shm")
+    handle, name = tempfile.mkstemp(prefix="torchimplicit-", dir=shared if os.access(shared, os.W_OK) else None)
+    path = Path(name)
+    with os.fdopen(handle, "wb") as file:
+        file.write(token)
+        file.flush()
+        try:
+            # To write to what is not there would be the end of the process.
+            os.posix_fallocate(handle, 0, length)
+        except (OSError, AttributeError):  # of the operating system, or of Python for one
+            path.unlink()
+            return None
+    return path
+
+
 def _mapped(path: Path, token: object, length: int) -> Tensor | None:
     """The memory of a file, if it is there and the one that is meant."""
+    assert isinstance(token, bytes)
     try:
+        with path.open("rb") as file:
+            if file.read(len(token)) != token:
+                return None
         memory = torch.from_file(str(path), shared=True, size=length + _LINE, dtype=torch.uint8)
     except (OSError, RuntimeError):
         return None
-    assert isinstance(token, bytes)
-    return memory[_LINE:] if bytes(memory[: len(token)].tolist()) == token else None
+    return memory[_LINE:]
 
 
 def _cores() -> int:
