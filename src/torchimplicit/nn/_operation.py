@@ -19,6 +19,7 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import _engine_run_backward
 from torch.library import Library, register_fake
 from torch.nn.utils.stateless import _reparametrize_module
 
@@ -123,6 +124,8 @@ def _solve(
 
 def _copy(z: Tensor, like: Tensor) -> Tensor:
     """The values in memory of their own, laid out as the compiler expects."""
+    if z.is_contiguous() and like.is_contiguous():
+        return z.detach().clone()
     return torch.empty_like(like, dtype=z.dtype, requires_grad=False).copy_(z.detach())
 
 
@@ -163,7 +166,10 @@ def _solve_backward(grads: Sequence[Tensor | None], token: Tensor, sources: Sequ
     if not pairs:
         return [torch.zeros_like(s) for s in sources]
     values, given = zip(*pairs, strict=True)
-    found = torch.autograd.grad(values, held.sources, given, retain_graph=True, allow_unused=True)
+    # As `torch.autograd.grad(…, retain_graph=True, allow_unused=True)`, without its checks.
+    found = _engine_run_backward(
+        values, given, True, False, tuple(held.sources), allow_unreachable=True, accumulate_grad=False
+    )
     taken = {g.untyped_storage().data_ptr() for g in given}
     return [_own(g, s, taken) for g, s in zip(found, sources, strict=True)]
 
