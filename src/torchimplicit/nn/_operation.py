@@ -98,7 +98,7 @@ def _solve(
         start = None if not starts else leaves[0] if starts == 1 else tuple(leaves[:starts])
         state, own = tensors[starts + inputs :], _state(layer, set())
         kind = tensors[0].device.type
-        ordinary = autocast is None and not torch.is_autocast_enabled(kind)
+        ordinary = autocast is None and not torch.is_autocast_enabled(kind) and len(own) == len(state)
         if ordinary and not any(map(is_not, own, state)) and all(t._backward_hooks is None for t in own):
             value = layer.solve(*leaves[starts:], start=start).value
         else:
