@@ -374,6 +374,52 @@ def test_autocast(inside: bool) -> None:
         torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_buffers_change_as_in_eager_mode(autocast: bool) -> None:
+    class Normalised(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.norm = nn.Linear(8, 8), nn.BatchNorm1d(8)
+
+        def forward(self, z: Tensor, x: Tensor) -> Tensor:
+            return torch.tanh(0.2 * self.linear(z) + self.norm(x))
+
+    model = nn.Sequential(ti.nn.FixedPoint(Normalised(), solver=ti.Picard())).train()
+    other = copy.deepcopy(model)
+    x = torch.randn(16, 8) + 1
+    for some, call in ((model, whole(model)), (other, other)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            call(x).sum().backward()
+        assert int(some[0].cell.norm.num_batches_tracked) == 1
+    torch.testing.assert_close(model[0].cell.norm.running_mean, other[0].cell.norm.running_mean, rtol=1e-3, atol=1e-4)
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=3e-2, atol=3e-2 if autocast else 1e-4)
+
+
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "tanh": (lambda: ti.nn.TanhEquilibrium(6), (4, 6)),
+    "monotone": (lambda: ti.nn.MonotoneLinear(6, 5), (4, 6)),
+    "monotone conv": (lambda: ti.nn.MonotoneConv2d(2, 3), (2, 2, 12, 12)),
+    "contractive": (lambda: ti.nn.ContractiveLinear(6, 5), (4, 6)),
+    "positive concave": (lambda: ti.nn.PositiveConcave(6, 5), (4, 6)),
+    "residual": (lambda: ti.nn.ResidualEquilibrium(8), (2, 8, 6, 6)),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_of_the_library(name: str) -> None:
+    make, shape = LAYERS[name]
+    layer = make()
+    x = torch.rand(shape, requires_grad=True)
+    inputs = [x, *(p for p in layer.parameters() if p.requires_grad)]
+    for found, wanted in zip(
+        torch.autograd.grad(whole(layer)(x).sin().sum(), inputs, allow_unused=True),
+        torch.autograd.grad(layer(x).sin().sum(), inputs, allow_unused=True),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, torch.zeros_like(found) if wanted is None else wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_a_monitor_sees_solve_and_adjoint() -> None:
     model = network(solver=ti.Picard())
     compiled, x = whole(model), doubles(3, 4)

@@ -98,19 +98,14 @@ def _solve(
         start = None if not starts else leaves[0] if starts == 1 else tuple(leaves[:starts])
         state, own = tensors[starts + inputs :], _state(layer, set())
         kind = tensors[0].device.type
-        ordinary = autocast is None and not torch.is_autocast_enabled(kind) and len(own) == len(state)
-        if ordinary and not any(map(is_not, own, state)) and all(t._backward_hooks is None for t in own):
-            value = layer.solve(*leaves[starts:], start=start).value
+        given = leaves[starts:]
+        same = len(own) == len(state) and not any(map(is_not, own, state))
+        if same and autocast is None and not torch.is_autocast_enabled(kind) and not any(map(_has_hooks, own)):
+            value = layer.solve(*given, start=start).value
         else:
-            # Other tensors stand for the layer's, as in `functional_call`; or they have hooks, to be called just once.
-            places = {id(t): i for i, t in enumerate(own)}
-            named = [*layer.named_parameters(remove_duplicate=False), *layer.named_buffers(remove_duplicate=False)]
-            own = [_leaf(t, w, recorded) for t, w in zip(state, wanted[starts + inputs :], strict=True)]
-            with (
-                torch.autocast(kind, autocast, enabled=autocast is not None),
-                _reparametrize_module(layer, {name: own[places[id(t)]] for name, t in named}),
-            ):
-                value = layer.solve(*leaves[starts:], start=start).value
+            own, others = _in_place_of(layer, own, state, wanted[starts + inputs :], recorded)
+            with torch.autocast(kind, autocast, enabled=autocast is not None), _reparametrize_module(layer, others):
+                value = layer.solve(*given, start=start).value
     values = value if isinstance(value, tuple) else (value,)
     held = _Held(next(_numbers).to_bytes(8, "little"))
     if recorded:
@@ -120,6 +115,25 @@ def _solve(
     # Copies, too: what is held must not be written to.
     like = tensors[: max(starts, 1)]
     return [_copy(z, t) for z, t in zip(values, like, strict=True)], torch.frombuffer(held, dtype=torch.int64)
+
+
+def _has_hooks(t: Tensor) -> bool:
+    return t._backward_hooks is not None
+
+
+def _in_place_of(
+    layer: nn.Module, own: Sequence[Tensor], state: Sequence[Tensor], wanted: Sequence[bool], recorded: bool
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """What stands for the layer's state, and by which names: other tensors, as in `functional_call`, where they are
+    given, and a detached one for a parameter with hooks, which are to be called just once. Its own are left as they
+    are: a cell may write to its buffers.
+    """
+    used, places = [], {}
+    for mine, t, w in zip(own, state, wanted, strict=True):
+        used.append(mine if mine is t and not _has_hooks(t) else _leaf(t, w, recorded))
+        places[id(mine)] = used[-1]
+    named = [*layer.named_parameters(remove_duplicate=False), *layer.named_buffers(remove_duplicate=False)]
+    return used, {name: places[id(t)] for name, t in named if places[id(t)] is not t}
 
 
 def _copy(z: Tensor, like: Tensor) -> Tensor:
