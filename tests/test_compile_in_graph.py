@@ -3,11 +3,13 @@
 import copy
 import gc
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchimplicit as ti
 from tests.test_compile import ADJOINTS, SOLVERS, Cell, gradients, network, second
@@ -418,6 +420,26 @@ def test_layers_of_the_library(name: str) -> None:
         strict=True,
     ):
         torch.testing.assert_close(found, torch.zeros_like(found) if wanted is None else wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_the_operator_under_a_mode_does_as_outside() -> None:
+    class Pass(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return func(*args, **(kwargs or {}))
+
+    layer = ti.nn.MonotoneConv2d(2, 3)  # solves by Fourier transforms, with conjugates
+    x = torch.rand(2, 2, 12, 12, requires_grad=True)
+    wanted = layer(x)
+    (of_x,) = torch.autograd.grad(wanted.sin().sum(), x)
+    tensors = [torch.zeros_like(wanted), x, *_operation._state(layer, set())]
+    for mode in (nullcontext(), Pass()):
+        with torch.no_grad(), mode:
+            needed = [t.requires_grad for t in tensors]
+            (z,), token = torch.ops.torchimplicit.solve(tensors, 1, 1, layer._number, needed)
+            sources = [t for t, n in zip(tensors, needed, strict=True) if n]
+            found = torch.ops.torchimplicit.solve_backward([z.cos()], token, sources)
+        torch.testing.assert_close(z, wanted.detach(), rtol=0, atol=0)
+        torch.testing.assert_close(found[0], of_x, rtol=1e-5, atol=1e-6)
 
 
 def test_a_monitor_sees_solve_and_adjoint() -> None:

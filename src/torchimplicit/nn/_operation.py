@@ -262,14 +262,27 @@ def _dispatch_backward(grads: Sequence[Tensor | None], token: Tensor, sources: S
         return _BACKWARD(grads, token, sources)
 
 
+def _of_autocast() -> torch._C.DispatchKeySet:
+    """Its dispatch keys: what is excluded where nothing special is going on."""
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+    for name in dir(torch._C.DispatchKey):
+        if name.startswith("Autocast"):
+            keys = keys.add(getattr(torch._C.DispatchKey, name))
+    return keys
+
+
+_AUTOCAST = _of_autocast()
+
+
 def _recording(kernel: Callable[..., R]) -> Callable[..., R]:
-    """The kernel, called below autograd, with autograd at work in it."""
+    """The kernel, called below autograd, or below a mode that looks at operators, as if it were called outside.
+
+    Else nothing would be recorded in it; and below a mode complex conjugates would not even be taken.
+    """
 
     @wraps(kernel)
     def call(*args: Any) -> R:
-        excluded = torch._C._dispatch_tls_local_exclude_set()
-        for key in ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor", "ADInplaceOrView"):
-            excluded = excluded.remove(getattr(torch._C.DispatchKey, key))
+        excluded = torch._C._dispatch_tls_local_exclude_set() & _AUTOCAST
         with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded):
             return kernel(*args)
 
