@@ -75,7 +75,6 @@ def test_backends(backend: str) -> None:
 
 def test_a_step_with_its_gradient_and_its_update_is_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ti.nn.FixedPoint, "in_graph", None)
-    monkeypatch.setattr("torch._dynamo.config.trace_autograd_ops", True)
 
     def run(compiled: bool) -> tuple[list[float], list[Tensor]]:
         torch.manual_seed(3)
@@ -95,7 +94,8 @@ def test_a_step_with_its_gradient_and_its_update_is_one_graph(monkeypatch: pytes
         batches = [torch.rand(10, 28, 28, generator=generator) for _ in range(4)]
         return [float(call(images, torch.arange(10))) for images in batches], [p.detach() for p in parameters]
 
-    (losses, found), (reference, wanted) = run(True), run(False)
+    with torch._dynamo.config.patch(trace_autograd_ops=True):
+        (losses, found), (reference, wanted) = run(True), run(False)
     assert losses == pytest.approx(reference, rel=1e-5)
     for p, q in zip(found, wanted, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
