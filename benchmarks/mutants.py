@@ -387,8 +387,8 @@ MUTANTS = [
     Mutant(
         "attach: gradient of the plain rule not transposed",
         "_attach.py",
-        "solve_adjoint(self.adjoint, self.operator.mT, v, self.inverse)",
-        "solve_adjoint(self.adjoint, self.operator, v, self.inverse)",
+        "replace(self.operator.mT, record=self._coarsely)",
+        "replace(self.operator, record=self._coarsely)",
     ),
     Mutant("pullback: one part of two", "_attach.py", "else total[id(t)] + grad", "else grad"),
     Mutant("pullback: believed incomplete", "_attach.py", "return operator if complete and", "return operator if"),

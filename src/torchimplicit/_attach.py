@@ -13,7 +13,7 @@ its place, on the tape of that evaluation: the tensors that it read are inputs o
 """
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -112,7 +112,7 @@ class Backward:
         kind = v.device.type
         exact = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
         with span(self.problem.label, "adjoint solve"), exact:
-            found = solve_adjoint(self.adjoint, self.operator.mT, v, self.inverse)
+            found = solve_adjoint(self.adjoint, replace(self.operator.mT, record=self._coarsely), v, self.inverse)
         status = found.status if self.dead is None else torch.where(self.dead, self.status, found.status)
         layout = self.problem.layout
         self.report.status = layout.per_sample(status)
@@ -130,6 +130,18 @@ class Backward:
             what = f"backward of {self.problem.kind} (the gradient of these samples is zero)"
             report_failures(what, found.status, self.on_failure, site=self.site)
         return found.value if self.problem.kind == "fixed_point" else -found.value
+
+    def _coarsely(self) -> AutogradJacobian | None:
+        """fn's Jacobian at the solution in reduced precision, for refinements; None where that gains nothing."""
+        problem = self.problem.coarse()
+        if problem is None or (self.tape is not None and self.tape.opaque):
+            return None
+        with problem.casts():
+            if self.tape is None:
+                return AutogradJacobian.at(problem.output, self.z, problem.count)
+            # What fn did then, for it may do something else by now.
+            system, tensors = self.equation().system(), [t.detach() for t in self.reads]
+            return AutogradJacobian.at(lambda z: system.value(z, tensors), self.z, problem.count)
 
     def pull(self, u: Tensor) -> list[Tensor | None]:
         """`uᵀ ∂fn/∂t` of each of the tensors that fn reads, in closed form."""

@@ -55,7 +55,14 @@ class Books:
     """
 
     def __init__(
-        self, tolerance: Tolerance, stage: Stage, z: Tensor, evaluation: Evaluation, norm: Tensor, only: Tensor | None
+        self,
+        tolerance: Tolerance,
+        stage: Stage,
+        z: Tensor,
+        evaluation: Evaluation,
+        norm: Tensor,
+        only: Tensor | None,
+        later: bool,
     ) -> None:
         solver = stage.solver
         self._patience = solver.patience if stage.patience is None else stage.patience
@@ -63,7 +70,7 @@ class Books:
         self._tolerance = self._whole = tolerance
         self._step = 0
         # The start of a later stage is an iterate like any other: what it must have fallen from is where all began.
-        self._later = only is not None
+        self._later = later
         self._samples: Tensor | None = None
         self._z = self._best_z = z
         self._norm = self._best = norm

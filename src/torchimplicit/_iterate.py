@@ -21,6 +21,7 @@ def iterate(
     only: Tensor | None = None,
     evaluation: Evaluation | None = None,
     progress: Progress | None = None,
+    resumed: bool = False,
 ) -> Outcome:
     """Run a stage's solver on `problem` from `z`, `(B, n)`, for at most `max_steps` steps.
 
@@ -38,12 +39,13 @@ def iterate(
         only: `(B,)` bool, the samples to solve; None for all. Of the others the outcome says nothing.
         evaluation: fn at `z`, where it is known.
         progress: told of every step.
+        resumed: whether `z` is an iterate of the solve already, and not its start.
     """
     whole, solver = problem, stage.solver
     every = keep_trace or progress is not None
     evaluation = problem.evaluate(z) if evaluation is None else evaluation
     norm = tolerance.of(evaluation)
-    books = Books(tolerance, stage, z, evaluation, norm, only)
+    books = Books(tolerance, stage, z, evaluation, norm, only, resumed or only is not None)
     rows = None if only is None else books.worth_keeping(problem.crowd)
     part = None if rows is None else problem.select(rows, z, evaluation, books.first)
     if rows is not None and part is not None:

@@ -16,6 +16,7 @@ from ._norms import two
 from ._objective import Gradient
 from ._precision import Watch
 from ._purity import Purity
+from ._refinement import coarse_dtype
 from ._tape import Tape, run_eagerly
 from .linear import AutogradJacobian, ResidualJacobian, SuppliedJacobian
 
@@ -172,6 +173,26 @@ class Problem:
         """The context for the solvers' own algebra: no autocast."""
         return nullcontext() if self._autocast is None else torch.autocast(self.layout.device.type, enabled=False)
 
+    def coarse(self) -> "Problem | None":
+        """The equation with fn under autocast, for a refinement to begin with; None where that gains nothing.
+
+        Calls count as calls of this one.
+        """
+        dtype = coarse_dtype(self.layout.device)
+        dtypes = {self.layout.dtype, *self.layout.dtypes}
+        if dtype is None or self._autocast is not None or dtypes != {torch.float32}:
+            return None
+        other = copy(self)
+        other._autocast = dtype
+        # What a closed form or a repetition computes with is not seen by autocast, or rounded where it should not be.
+        other.has_closed_form = other._repeats = False
+        other._last, other._version = None, 0
+        return other
+
+    def casts(self) -> AbstractContextManager[Any]:
+        """A context that keeps the weights that autocast has cast, from one evaluation to the next."""
+        return nullcontext() if self._autocast is None else torch.autocast(self.layout.device.type, self._autocast)
+
     @property
     def evaluations(self) -> int:
         """Calls of fn so far, Jacobian products included."""
@@ -204,13 +225,18 @@ class Problem:
         self._version = 0 if self._last is None else self._last._version
         return value
 
-    def recorded(self, z: Tensor) -> tuple[Tensor, Tape]:
-        """`output(z)`, and the tape of what the user's function did for it."""
+    @property
+    def pure(self) -> bool:
+        """Whether fn was seen to draw nothing at random and to change none of its buffers."""
+        return self._purity.known
+
+    def recorded(self, z: Tensor, keep: bool = False) -> tuple[Tensor, Tape]:
+        """`output(z)`, and the tape of what the user's function did for it, which may `keep` all tensors."""
         holder: Any = self.fn if isinstance(self.fn, Gradient) else self
         user, tapes = holder.fn, []
 
         def recording(argument: Any, *args: Any) -> Any:
-            tape, out = Tape.record(self.held(user), argument, args, user, once=self.layout.shared)
+            tape, out = Tape.record(self.held(user), argument, args, user, self.layout.shared, keep)
             tapes.append(tape)
             return out
 

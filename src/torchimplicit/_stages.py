@@ -7,17 +7,15 @@ from torch import Tensor
 
 from ._books import Outcome
 from ._iterate import iterate
+from ._mixed import approach
 from ._norms import two
 from ._problem import Evaluation, Problem
 from ._progress import Progress
-from ._refinement import ROUGH, reduced
 from ._solution import Status
 from ._tolerance import Tolerance
 from .linear import Cascade
 from .solvers import Method, Stage
 
-_ROUGH_PATIENCE, _ROUGH_PROGRESS = 12, 0.8
-"""In reduced precision: steps between two looks, and what the residual must fall by to go on."""
 _FAR = 3.0
 """Sizes of the start from it, beyond which a root is looked at again."""
 _SHORT = 1e-2
@@ -53,13 +51,24 @@ def solve(
         start, evaluation = _finite_start(problem, start, evaluation)
     tolerance = Tolerance(problem, method, start, evaluation)
     steps = _within(first, max_steps, 0) if others or max_steps is None else max_steps
-    rough, z = None, start
-    if method.mixed_precision and problem.kind == "fixed_point" and start.dtype == torch.float32 and steps:
-        rough = _roughly(problem, method, first, start, steps, keep_trace, evaluation, progress)
-        z = torch.where((rough.residual < tolerance.first * tolerance.unit)[:, None], rough.z, start)
-        evaluation = problem.evaluate(z)
+    z, rough = start, None
+    coarse = problem.coarse() if method.mixed_precision and problem.kind == "fixed_point" and steps else None
+    if coarse is not None:
+        tolerance = tolerance.resumed(evaluation)
+        rough = approach(problem, coarse, method, first, start, steps, keep_trace, evaluation, tolerance, progress)
+        z, evaluation = rough.z, rough.evaluation
         steps = max(steps - int(rough.steps.max()), 0)
-    outcome = iterate(problem, first, z, steps, keep_trace, tolerance, evaluation=evaluation, progress=progress)
+    outcome = iterate(
+        problem,
+        first,
+        z,
+        steps,
+        keep_trace,
+        tolerance,
+        evaluation=evaluation,
+        progress=progress,
+        resumed=rough is not None,
+    )
     if rough is not None:
         trace = None if rough.trace is None or outcome.trace is None else torch.cat((rough.trace, outcome.trace))
         outcome = replace(outcome, steps=rough.steps + outcome.steps, trace=trace)
@@ -79,23 +88,6 @@ def solve(
         outcome = _without_escapes(problem, start, outcome)
     problem.conclude(outcome.z)
     return outcome
-
-
-def _roughly(
-    problem: Problem,
-    method: Method,
-    stage: Stage,
-    start: Tensor,
-    steps: int,
-    keep_trace: bool,
-    evaluation: Evaluation,
-    progress: Progress | None,
-) -> Outcome:
-    """What a stage comes to with products in reduced precision, whose rounding it need not resolve."""
-    tolerance = Tolerance(problem, replace(method, rtol=max(method.rtol or 0.0, ROUGH)), start, evaluation)
-    stage = replace(stage, patience=_ROUGH_PATIENCE, progress=_ROUGH_PROGRESS)
-    with reduced(start.device):
-        return iterate(problem, stage, start, steps, keep_trace, tolerance, evaluation=evaluation, progress=progress)
 
 
 def _without_escapes(problem: Problem, start: Tensor, outcome: Outcome) -> Outcome:

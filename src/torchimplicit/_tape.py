@@ -20,7 +20,7 @@ _PLAIN: WeakSet[Any] = WeakSet()
 """Code and modules that were seen not to be compiled."""
 
 
-class _Operation(NamedTuple):
+class Operation(NamedTuple):
     """One call, with slots in the place of tensors.
 
     Attributes:
@@ -52,20 +52,31 @@ class Tape:
         inputs: the tensors read and not made, the argument's leaves excepted: closures, parameters, arguments alike.
         opaque: whether some tensors were made where it could not be seen, as by a custom `autograd.Function` or a
             `torch.func` transform inside the function; or an operation has no derivative, a quantised one.
+        operations: what was done, in order.
+        given: slots of the argument's leaves.
+        outputs: place and slot of each tensor among the leaves of what was returned.
+        out: these leaves but for the tensors, and their structure.
+        kept: the tensor in each slot, where they were to be kept.
     """
 
     def __init__(self) -> None:
         self.inputs: list[Tensor] = []
         self.opaque = False
-        self._operations: list[_Operation] = []
-        self._given: list[int] = []
+        self.operations: list[Operation] = []
+        self.given: list[int] = []
         self._slots: list[int] = []
-        self._outputs: list[tuple[int, int]] = []
-        self._out: tuple[list[Any], pytree.TreeSpec] = ([], pytree.tree_structure(None))
+        self.outputs: list[tuple[int, int]] = []
+        self.out: tuple[list[Any], pytree.TreeSpec] = ([], pytree.tree_structure(None))
+        self.kept: list[Tensor] = []
 
     @staticmethod
     def record(
-        fn: Callable[..., Any], argument: Any, args: tuple[Any, ...], user: Any = None, once: bool = False
+        fn: Callable[..., Any],
+        argument: Any,
+        args: tuple[Any, ...],
+        user: Any = None,
+        once: bool = False,
+        keep: bool = False,
     ) -> "tuple[Tape, Any]":
         """Call `fn(argument, *args)`; its tape, and what it returned.
 
@@ -77,6 +88,7 @@ class Tape:
             args: the other ones.
             user: what fn is at heart, by which one that is not compiled is remembered.
             once: whether fn must not be called more than once; what is compiled then runs as it was written.
+            keep: whether to keep every tensor.
         """
         tape = Tape()
         given = pytree.tree_leaves(argument)
@@ -91,19 +103,21 @@ class Tape:
             with suppress(TypeError):  # not everything can be remembered
                 _PLAIN.add(key)
         mode = _Recording(tape)
-        tape._given = mode.begin(argument)
+        tape.given = mode.begin(argument)
         with run_eagerly(), mode:
             out = fn(argument, *args)
         leaves, spec = pytree.tree_flatten(out)
-        tape._outputs = [(i, mode.read(t)) for i, t in enumerate(leaves) if isinstance(t, Tensor)]
-        tape._out = [None if isinstance(t, Tensor) else t for t in leaves], spec
+        if keep:
+            tape.kept = mode.kept
+        tape.outputs = [(i, mode.read(t)) for i, t in enumerate(leaves) if isinstance(t, Tensor)]
+        tape.out = [None if isinstance(t, Tensor) else t for t in leaves], spec
         return tape, out
 
     def replay(self, argument: Any, inputs: Sequence[Tensor]) -> Any:
         """What fn returns for another argument, `inputs` in the place of `self.inputs`."""
-        values: dict[int, Tensor] = dict(zip(self._given, pytree.tree_leaves(argument), strict=True))
+        values: dict[int, Tensor] = dict(zip(self.given, pytree.tree_leaves(argument), strict=True))
         values.update(zip(self._slots, inputs, strict=True))
-        for step in self._operations:
+        for step in self.operations:
             leaves = list(step.leaves)
             for place, slot in step.reads:
                 leaves[place] = values[slot]
@@ -116,10 +130,10 @@ class Tape:
                 for place, slot in step.makes:
                     # Forward mode would look through `no_grad`.
                     values[slot] = found[place] if step.recording or slot in read else found[place].detach()
-        leaves = list(self._out[0])
-        for place, slot in self._outputs:
+        leaves = list(self.out[0])
+        for place, slot in self.outputs:
             leaves[place] = values[slot]
-        return pytree.tree_unflatten(leaves, self._out[1])
+        return pytree.tree_unflatten(leaves, self.out[1])
 
 
 class _Recording(TorchFunctionMode):
@@ -129,7 +143,7 @@ class _Recording(TorchFunctionMode):
         super().__init__()
         self._tape = tape
         self._slot: dict[int, int] = {}
-        self._kept: list[Tensor] = []  # lest an id be used twice
+        self.kept: list[Tensor] = []  # lest an id be used twice
         self._unseen: dict[int, bool] = {}  # slots filled without a graph, and whether with a tangent
         self._level = _level()
         self._first: int = torch.autograd._get_sequence_nr()  # pyright: ignore[reportPrivateImportUsage]
@@ -174,8 +188,8 @@ class _Recording(TorchFunctionMode):
         """The slot of a tensor that an operation returned: its own, where that is one that it was given."""
         slot = self._slot.get(id(t))
         if slot is None:
-            slot = self._slot[id(t)] = len(self._kept)
-            self._kept.append(t)
+            slot = self._slot[id(t)] = len(self.kept)
+            self.kept.append(t)
         return slot
 
     def __torch_function__(
@@ -203,10 +217,10 @@ class _Recording(TorchFunctionMode):
             recording = torch.is_grad_enabled()
             if not recording:
                 read = [slot for _, slot in reads]  # what is written in place keeps the graph it has
-                self._unseen.update((slot, _is_dual(self._kept[slot])) for _, slot in makes if slot not in read)
-            device = self._kept[0].device.type
+                self._unseen.update((slot, _is_dual(self.kept[slot])) for _, slot in makes if slot not in read)
+            device = self.kept[0].device.type
             autocast = (device, torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
-            self._tape._operations.append(_Operation(func, leaves, spec, reads, makes, recording, autocast))
+            self._tape.operations.append(Operation(func, leaves, spec, reads, makes, recording, autocast))
         return out
 
 
@@ -260,7 +274,7 @@ def _compiled(outputs: list[Any], first: int) -> bool:
     return False
 
 
-def _context(step: _Operation) -> AbstractContextManager[Any]:
+def _context(step: Operation) -> AbstractContextManager[Any]:
     if step.recording and step.autocast is None:
         return nullcontext()
     stack = ExitStack()

@@ -74,6 +74,12 @@ class Tolerance:
             part._z0 = self._z0.index_select(0, samples)
         return part
 
+    def resumed(self, start: Evaluation) -> "Tolerance":
+        """That of the same solve where it goes on: what has not passed at the start must have fallen from there."""
+        part = copy(self)
+        part.first = torch.where(self.first < self.limit(start), torch.inf, self.first)
+        return part
+
     def of(self, evaluation: Evaluation) -> Tensor:
         """The residual's norm at an evaluation, `(B,)`."""
         return evaluation.norm if self._euclidean else self.norm(evaluation.residual)

@@ -6,23 +6,24 @@ import torch
 from torch import Tensor
 
 from .._norms import two
-from .._refinement import ROUGH_SYSTEM, reduced
+from .._refinement import ROUGH_SYSTEM, WORTH, Pace
 from .._solution import Status
+from ._operator import ResidualJacobian
 from ._solver import LinearOperator, LinearSolution, LinearSolver
 
-_FIRST, _NEXT = 12, 8
-"""Steps to the first look at the norms, and from one to the next."""
-_WORTH = 0.5
-"""Factor by which a refinement must make the residual fall to be worth another."""
+_NEXT = 8
+"""Steps from one look at the norms to the next."""
+_TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
 class Neumann(LinearSolver):
     """`x = Σₖ (I − A)ᵏ b` (Richardson's iteration with unit step), which converges where `ρ(I − A) < 1`.
 
-    A step is one product and one addition. After twelve, and then after every eight, the norms are looked at, samples
-    that are done leave the batch, and the next step is as long as makes the residual least: by then little is left
-    of it but the slowest mode, which that step removes if it is real (a minimal residual step; Saad 2003, §5.3.2).
+    A step is one product and one addition. After the first twelve, and then after every eight, the norms are looked
+    at, samples that are done leave the batch, and the next step is as long as makes the residual least: by then little
+    is left of it but the slowest mode, which that step removes if it is real (a minimal residual step; Saad 2003,
+    §5.3.2).
     `GMRES` needs fewer steps, but each costs several times as much beside the product. A sample whose residual does not
     fall by `slowest` per step, measured over `patience` looks at it, is given up as STALLED; one that runs out of steps
     is MAX_STEPS. Either has what was summed for its value, or zero if that is no better.
@@ -31,6 +32,7 @@ class Neumann(LinearSolver):
         max_steps: products at most.
         slowest: factor per step that is still worth waiting for.
         patience: looks over which it is measured.
+        first_look: products before the norms are looked at for the first time.
         mixed_precision: in float32, solve roughly with matrix products and convolutions in reduced precision (bfloat16
             on a CPU that has it, TF32 on a CUDA device), compute the residual in full, and again: an iterative
             refinement (Wilkinson 1963; Higham & Mary 2022, §5), as exact, where it converges, as without.
@@ -39,6 +41,7 @@ class Neumann(LinearSolver):
     max_steps: int = 500
     slowest: float = 0.99
     patience: int = 1
+    first_look: int = 12
     mixed_precision: bool = False
 
     def __post_init__(self) -> None:
@@ -46,44 +49,54 @@ class Neumann(LinearSolver):
         self._require_count("max_steps", 1)
         self._require_number("slowest", 0.0, 1.0, inside=True)
         self._require_count("patience", 1)
+        self._require_count("first_look", 1)
         self._require("mixed_precision", isinstance(self.mixed_precision, bool), "True or False")
 
     def _solve(self, operator: LinearOperator, b: Tensor, rtol: float | Tensor, verify: bool) -> LinearSolution:
         """Solve `A x = b`, `b` `(B, n)`, until `‖b − A x‖ ≤ rtol·‖b‖` in each sample."""
         size = two(b)
         target = rtol * size
-        if self.mixed_precision and b.dtype == torch.float32:
-            return self._refine(operator, b, size, target)
-        return self._sum(operator, b, size, target, verify)
+        coarse = operator.coarse() if self.mixed_precision and isinstance(operator, ResidualJacobian) else None
+        if coarse is not None:
+            return self._refine(operator, coarse, b, size, target)
+        return self._sum(operator, b, size, target, verify, self.first_look)
 
-    def _refine(self, operator: LinearOperator, b: Tensor, size: Tensor, target: Tensor) -> LinearSolution:
+    def _refine(
+        self, operator: LinearOperator, coarse: LinearOperator, b: Tensor, size: Tensor, target: Tensor
+    ) -> LinearSolution:
         """Refine what sums in reduced precision come to; those in full finish what does not converge so."""
         found = _Found(torch.zeros_like(b), size, torch.zeros_like(size, dtype=torch.long))
-        residual = b
+        residual, pace = b, Pace()
         going = size > target
         while bool(going.any()):
             # Of the others nothing is asked.
             goal = torch.where(going, torch.maximum(ROUGH_SYSTEM * found.norm, target), found.norm)
-            with reduced(b.device):
-                part = self._sum(operator, residual, found.norm, goal, verify=False)
+            first = pace.products(float((goal / found.norm.clamp_min(_TINY)).min()))
+            part = self._sum(coarse, residual, found.norm, goal, False, first)
+            pace.note(float(torch.where(going, part.residual, 0.0).max()), int(part.steps.max()))
             value = found.value + part.value
             rest = b - operator.mv(value)
             norm = two(rest)
             found.steps += part.steps
-            fell = going & (norm <= _WORTH * found.norm)
-            residual = torch.where(fell[:, None], rest, residual)
-            found.value = torch.where(fell[:, None], value, found.value)
+            fell = going & (norm <= WORTH * found.norm)
+            if bool(fell.all()):
+                residual, found.value = rest, value
+            else:
+                residual = torch.where(fell[:, None], rest, residual)
+                found.value = torch.where(fell[:, None], value, found.value)
             found.norm = torch.where(fell, norm, found.norm)
             going = fell & (found.norm > target)
         if bool((found.norm <= target).all()):
             return _report(found, size, target, self.max_steps)
-        rest = self._sum(operator, residual, found.norm, target, verify=True)
+        rest = self._sum(operator, residual, found.norm, target, True, self.first_look)
         found.value, found.steps = found.value + rest.value, found.steps + rest.steps
         found.norm = torch.where(rest.steps > 0, rest.residual * found.norm, found.norm)
         return _report(found, size, target, self.max_steps)
 
-    def _sum(self, operator: LinearOperator, b: Tensor, size: Tensor, target: Tensor, verify: bool) -> LinearSolution:
-        """Sum the series until `‖b − A x‖ ≤ target`, where `size = ‖b‖`, both `(B,)`."""
+    def _sum(
+        self, operator: LinearOperator, b: Tensor, size: Tensor, target: Tensor, verify: bool, first: int
+    ) -> LinearSolution:
+        """Sum the series until `‖b − A x‖ ≤ target`, where `size = ‖b‖`, both `(B,)`; look after the `first` terms."""
         found = _Found(torch.zeros_like(b), size.clone(), torch.zeros_like(size, dtype=torch.long))
         rows = _Rows(operator, None, b, size, target, size)
         left = (size > target).nonzero()[:, 0]
@@ -93,7 +106,7 @@ class Neumann(LinearSolver):
             rows = rows.select(left) if divisible else rows.rest(size > target)
         while left.numel():
             # Norms are looked at every few steps, always the same ones.
-            terms = min(_NEXT if taken else _FIRST, self.max_steps - taken)
+            terms = min(_NEXT if taken else first, self.max_steps - taken)
             rows.advance(terms, first=not taken)
             taken += terms
             looks += 1

@@ -56,11 +56,13 @@ class AutogradJacobian:
         output: fn's value `(B, m)`, with its graph.
         state: the `(B, n)` leaf that graph starts from.
         count: told the number of products taken.
+        tangent: `p ↦ J p`, where there is a cheaper way than the reverse of the reverse.
     """
 
     output: Tensor
     state: Tensor
     count: Count
+    tangent: Callable[[Tensor], Tensor] | None = None
 
     @classmethod
     def at(cls, fn: Callable[[Tensor], Tensor], z: Tensor, count: Count) -> Self:
@@ -74,6 +76,8 @@ class AutogradJacobian:
         self.count(1)
         if not self.output.requires_grad:
             return torch.zeros_like(self.output)
+        if self.tangent is not None:
+            return self.tangent(p)
         u, transposed = self._transposed
         if not transposed.requires_grad:
             return torch.zeros_like(self.output)
@@ -241,12 +245,14 @@ class ResidualJacobian:
         shifted: whether `A = I − J`.
         transposed: whether it is the transpose that is meant.
         epsilon: rounding unit of the products, where it is larger than that of their dtype.
+        record: records `J` in reduced precision, None where that cannot be had; itself None where nobody would.
     """
 
     jacobian: AutogradJacobian | SuppliedJacobian | PartialJacobian
     shifted: bool
     transposed: bool = False
     epsilon: float = 0.0
+    record: Callable[[], AutogradJacobian | None] | None = None
 
     @property
     def divisible(self) -> bool:
@@ -291,7 +297,12 @@ class ResidualJacobian:
 
     def select(self, samples: Tensor) -> "ResidualJacobian":
         """`A` of some samples alone, by their indices."""
-        return replace(self, jacobian=self.jacobian.select(samples))
+        return replace(self, jacobian=self.jacobian.select(samples), record=None)
+
+    def coarse(self) -> "ResidualJacobian | None":
+        """The same with products in reduced precision, to begin a refinement with; None where there is none."""
+        jacobian = None if self.record is None else self.record()
+        return None if jacobian is None else replace(self, jacobian=jacobian, record=None)
 
     def _richardson(self, p: Tensor) -> Tensor:
         product = self._product(p)

@@ -1,0 +1,149 @@
+"""The derivative of a taped evaluation, applied without evaluating again: one product costs no more than the function.
+
+Reverse mode over reverse mode, which is how `AutogradJacobian.mv` applies a Jacobian, takes a convolution and three
+copies for what is one convolution here, and forward mode computes the function beside its derivative each time. What is
+known of an operation is used: of one that is linear in what varies, and of a function of single numbers. Any other is
+left to forward mode, alone.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import functional
+from torch.utils import _pytree as pytree
+
+from ._problem import Problem
+from ._tape import Operation, Tape
+from .linear import AutogradJacobian
+
+T = torch.Tensor
+_PRODUCTS: set[Any] = {
+    *(functional.linear, functional.conv1d, functional.conv2d, functional.conv3d),
+    *(functional.conv_transpose1d, functional.conv_transpose2d, functional.conv_transpose3d),
+    *(torch.matmul, torch.mm, torch.bmm, torch.mul, T.matmul, T.mm, T.bmm, T.mul),
+    *(T.__matmul__, T.__mul__, T.__rmul__),
+}
+"""Linear in either of their first two arguments; a third one, the bias, is added."""
+_SUMS: set[Any] = {torch.add, T.add, T.__add__, T.__radd__}
+_POINTWISE: set[Any] = {
+    *(torch.tanh, torch.relu, torch.sigmoid, T.tanh, T.relu, T.sigmoid, functional.relu, functional.sigmoid),
+    *(functional.silu, functional.gelu, functional.softplus, functional.elu, functional.leaky_relu),
+}
+"""Functions of single numbers."""
+
+Tangents = dict[int, Tensor]
+Rule = Callable[[Tangents], dict[int, Tensor]]
+
+
+class _Slot(NamedTuple):
+    """In the place of a tensor among the arguments of an operation."""
+
+    number: int
+
+
+class Differential:
+    """`dfn` of a taped evaluation with respect to its argument.
+
+    Args:
+        tape: made with `keep=True`.
+
+    Raises:
+        NotImplementedError: some operation writes in place, or was made out of sight.
+    """
+
+    def __init__(self, tape: Tape) -> None:
+        if tape.opaque:
+            raise NotImplementedError
+        self._tape = tape
+        self._rules: list[Rule] = []
+        varies = set(tape.given)
+        for step in tape.operations:
+            read = {slot for _, slot in step.reads}
+            made = {slot for _, slot in step.makes}
+            if not made or made & read:
+                raise NotImplementedError
+            if not read & varies or not step.recording:
+                continue
+            self._rules.append(_rule(step, tape.kept, varies))
+            varies |= {slot for slot in made if tape.kept[slot].is_floating_point()}
+
+    def __call__(self, argument: Any) -> Any:
+        """The derivative in the direction of an argument, in the structure of what the function returned."""
+        tape = self._tape
+        tangents = dict(zip(tape.given, pytree.tree_leaves(argument), strict=True))
+        for rule in self._rules:
+            tangents.update(rule(tangents))
+        leaves, spec = tape.out
+        leaves = list(leaves)
+        for place, slot in tape.outputs:
+            tangent = tangents.get(slot)
+            value = tape.kept[slot]
+            leaves[place] = torch.zeros_like(value) if tangent is None else tangent.to(value.dtype)
+        return pytree.tree_unflatten(leaves, spec)
+
+
+def _rule(step: Operation, values: Mapping[int, Tensor] | list[Tensor], varies: set[int]) -> Rule:
+    """How the tangents of what an operation returns come from those of what it is given."""
+    leaves = list(step.leaves)
+    for place, slot in step.reads:
+        leaves[place] = _Slot(slot)
+    args, kwargs = (leaves, {}) if step.spec is None else pytree.tree_unflatten(leaves, step.spec)
+    args = list(args)
+    moving = [slot for _, slot in step.reads if slot in varies]
+    fixed = [values[a.number] if isinstance(a, _Slot) else a for a in args]
+    if len(moving) == 1 and len(step.makes) == 1 and _Slot(moving[0]) in args[:2]:
+        (slot,), place, made = moving, args.index(_Slot(moving[0])), step.makes[0][1]
+        func = step.func
+        if func in _PRODUCTS:
+            options = {k: values[v.number] if isinstance(v, _Slot) else v for k, v in kwargs.items()}
+            if "bias" in options:
+                options["bias"] = None
+            before, after = fixed[:place], fixed[place + 1 :]
+            if len(args) > 2:  # of a `functional` one
+                after[1 - place] = None
+            return lambda of: {made: func(*before, of[slot], *after, **options)} if slot in of else {}
+        if func in _SUMS and (place == 0 or not kwargs) and values[slot].shape == values[made].shape:
+            return lambda of: {made: of[slot]} if slot in of else {}
+        if func in _POINTWISE and place == 0:
+            with torch.enable_grad():
+                point = values[slot].detach().requires_grad_()
+                out = func(point, *fixed[1:], **kwargs)
+            (slope,) = torch.autograd.grad(out, point, torch.ones_like(out))
+            return lambda of: {made: of[slot] * slope} if slot in of else {}
+    return lambda of: _forward_mode(step, values, of)
+
+
+def _forward_mode(step: Operation, values: Mapping[int, Tensor] | list[Tensor], tangents: Tangents) -> Tangents:
+    """The tangents of what any operation returns."""
+    leaves = list(step.leaves)
+    with forward_ad.dual_level():
+        for place, slot in step.reads:
+            value, tangent = values[slot].detach(), tangents.get(slot)
+            leaves[place] = value if tangent is None else forward_ad.make_dual(value, tangent.to(value.dtype))
+        args, kwargs = (leaves, {}) if step.spec is None else pytree.tree_unflatten(leaves, step.spec)
+        found = pytree.tree_leaves(step.func(*args, **kwargs))
+        made = {slot: forward_ad.unpack_dual(found[place]).tangent for place, slot in step.makes}
+    return {slot: tangent for slot, tangent in made.items() if tangent is not None}
+
+
+def linearize(problem: Problem, z: Tensor) -> AutogradJacobian | None:
+    """A problem's `∂fn/∂z` at a state, `(B, n)`, whose products `J p` are taken so; None where that is not possible."""
+    if not problem.pure:
+        return None
+    with torch.inference_mode(False), torch.enable_grad():
+        state = (z.clone() if z.is_inference() else z.detach()).requires_grad_()
+        output, tape = problem.recorded(state.view_as(state), keep=True)
+        try:
+            apply = Differential(tape)
+        except (NotImplementedError, RuntimeError):
+            return None
+    layout = problem.layout
+
+    def product(p: Tensor) -> Tensor:
+        with torch.inference_mode(False), torch.no_grad():
+            return layout.pack(pytree.tree_leaves(problem.under_autocast(lambda p, *_: apply(p), layout.unpack(p))))
+
+    return AutogradJacobian(output, state, problem.count, product)
