@@ -9,7 +9,7 @@ from .._norms import two
 from .._solution import Status
 from ._dense import DenseSolver, condition_limit, equilibrate
 from ._inverse import Factors
-from ._probe import signs
+from ._probe import kept_signs
 
 
 @dataclass(frozen=True)
@@ -29,20 +29,16 @@ class LU(DenseSolver):
     ) -> tuple[Tensor, Tensor, Tensor, Factors]:
         """Solution, status, relative residual and factors."""
         del rtol
+        if not verify:
+            step = _plainly(matrix, b)
+            if step is not None:
+                return step
         scaled, scaling, finite = equilibrate(matrix, b)
         factors, pivots, info = torch.linalg.lu_factor_ex(scaled)
-        both = torch.linalg.lu_solve(factors, pivots, torch.stack((b * scaling, signs(b)), dim=2))
-        solved, stretched = both[:, :, 0], both[:, :, 1]
+        solved, stretched = _solve_both(factors, pivots, b * scaling)
         first = two(stretched)
         size = torch.linalg.vector_norm(scaled, dim=(1, 2))
         limit = condition_limit(b, verify)
-        if not verify:
-            # NaN and infinity among the solutions of a regular matrix, or of a singular one, equal nothing.
-            condition = first * size + (solved.sum(dim=1) * 0)
-            if not bool(info.any()) and torch.equal(condition, condition.clamp_max(limit)):
-                nothing = torch.zeros_like(info, dtype=torch.long)
-                kept = Factors(factors, pivots, scaling, finite)
-                return solved, nothing, torch.zeros_like(first), kept
         again = torch.linalg.lu_solve(factors, pivots, (stretched / first[:, None])[:, :, None], adjoint=True)[:, :, 0]
         condition = torch.maximum(first, two(again)) * size
         regular = (info == 0) & (condition < limit)
@@ -53,3 +49,24 @@ class LU(DenseSolver):
         status = torch.where(finite, status, int(Status.NONFINITE))
         kept = Factors(factors, pivots, scaling, regular & finite)
         return value, status, torch.where(residual.isnan(), torch.inf, residual), kept
+
+
+def _plainly(matrix: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Factors] | None:
+    """What `_factorise` finds of matrices that are regular and finite, all of them; None where one is not."""
+    scaling = matrix.abs().amax(dim=-1).reciprocal_()
+    scaled = matrix * scaling[:, :, None]
+    factors, pivots, info = torch.linalg.lu_factor_ex(scaled)
+    solved, stretched = _solve_both(factors, pivots, b * scaling)
+    # NaN and infinity, in what came in or of a row of zeros, come out again; they equal nothing.
+    condition = two(stretched) * torch.linalg.vector_norm(scaled, dim=(1, 2)) + (solved.sum(dim=1) * 0)
+    if bool(info.any()) or not torch.equal(condition, condition.clamp_max(condition_limit(b, False))):
+        return None
+    everyone = torch.ones(len(b), dtype=torch.bool, device=b.device)
+    nothing = torch.zeros_like(info, dtype=torch.long)
+    return solved, nothing, torch.zeros_like(condition), Factors(factors, pivots, scaling, everyone)
+
+
+def _solve_both(factors: Tensor, pivots: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """`A⁻¹ b`, and what `A⁻¹` makes of the signs; side by side in memory as LAPACK would have them."""
+    both = torch.linalg.lu_solve(factors, pivots, torch.stack((b, kept_signs(b)), dim=1).mT)
+    return both[:, :, 0], both[:, :, 1]

@@ -8,7 +8,7 @@ from torch import Tensor
 from .._norms import two
 from .._solution import Status
 from ._dense import DenseSolver, condition_limit, equilibrate
-from ._probe import signs
+from ._probe import kept_signs
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class QR(DenseSolver):
     ) -> tuple[Tensor, Tensor, Tensor, None]:
         """Solution, status and relative residual; no LU factors."""
         scaled, scaling, finite = equilibrate(matrix, b)
-        value, condition = _householder(scaled, torch.stack((b * scaling, signs(b)), dim=2))
+        value, condition = _householder(scaled, torch.stack((b * scaling, kept_signs(b)), dim=2))
         regular = (condition < condition_limit(b, verify)) & value.isfinite().all(dim=1)
         value = torch.where(regular[:, None], value, 0.0)
         left = (finite & ~regular).nonzero()[:, 0]

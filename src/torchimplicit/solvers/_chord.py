@@ -87,7 +87,7 @@ class Chord(Solver[_Factors]):
         regular = state.regular & direction.isfinite().all(dim=1)
         moving = running & regular
         direction = torch.where(moving[:, None], direction, 0.0)
-        search = Search(problem, z, evaluation, state.norm, direction, moving, torch.zeros_like(moving), rests=False)
+        search = Search(problem, z, evaluation, state.norm, direction, moving, None)
         stuck = search.run(self.max_backtracks, plain=False, unless=~fresh)
         failure = None
         singular = running & ~regular

@@ -17,7 +17,7 @@ class Search:
         found: fn there.
         norm: of the residual there, `(B,)`.
         moving: samples on a Newton direction.
-        refused: samples that took the plain step in its place.
+        refused: samples that took the plain step in its place; None for none.
     """
 
     def __init__(
@@ -28,17 +28,16 @@ class Search:
         merit: Tensor,
         direction: Tensor,
         moving: Tensor,
-        waiting: Tensor,
-        rests: bool,
+        waiting: Tensor | None,
     ) -> None:
         self._problem = problem
         self._start, self._evaluation, self._merit, self._direction = start, evaluation, merit, direction
         self.moving = moving
-        self.refused = torch.zeros_like(moving)
-        self._length = torch.ones_like(merit)
+        self.refused: Tensor | None = None
+        self._length: Tensor | None = None  # of all steps: 1
         # A sample that does not move has the direction zero.
         target = start + direction
-        if rests:
+        if waiting is not None:
             target = hold(waiting, start + evaluation.residual, target)
         self._go(target)
 
@@ -54,7 +53,9 @@ class Search:
             stuck = self.moving & ~self.norm.isfinite()
         else:
             stuck = self._worse()
-            if plain and bool(stuck.any()):
+            if not bool(stuck.any()):
+                return None
+            if plain:
                 self._plain(stuck)
                 stuck = self._worse()
             searching = stuck if unless is None else stuck & ~unless
@@ -79,17 +80,20 @@ class Search:
         self.norm = self.found.norm
 
     def _worse(self) -> Tensor:
-        good = self.norm <= (1 - _ARMIJO * self._length) * self._merit
-        return self.moving & ~good & ~self.refused
+        length = 1.0 if self._length is None else self._length
+        worse = (self.norm <= self._merit * (1 - _ARMIJO * length)).logical_not_() & self.moving
+        return worse if self.refused is None else worse & ~self.refused
 
     def _plain(self, samples: Tensor, at_all_costs: bool = False) -> None:
         """The plain step for some samples; refuses their Newton step where that is an improvement, or at all costs."""
         self._go(hold(samples, self._start + self._evaluation.residual, self.z))
-        self.refused = self.refused | (samples if at_all_costs else samples & (self.norm < self._merit))
+        refused = samples if at_all_costs else samples & (self.norm < self._merit)
+        self.refused = refused if self.refused is None else self.refused | refused
 
     def _halve(self, samples: Tensor) -> None:
         """Half the step for some samples."""
-        self._length = torch.where(samples, 0.5 * self._length, self._length)
+        length = torch.ones_like(self._merit) if self._length is None else self._length
+        self._length = torch.where(samples, 0.5 * length, length)
         self._go(hold(samples, torch.addcmul(self._start, self._length[:, None], self._direction), self.z))
 
     def _back(self, samples: Tensor) -> None:

@@ -107,10 +107,10 @@ class _NewtonSteps(Solver[_Progress]):
             norm = found.norm
             wait = torch.where(norm < state.norm, state.wait - 1, state.nobody)
             return Step(evaluation.value, found, replace(state, norm=norm, wait=wait))
-        waiting = running & ~trying
+        waiting = None if state.wait is None else running & ~trying
         operator = problem.linearize(z, evaluation.value)
         # The right-hand side of all others is zero, which costs the linear solver nothing.
-        rests = active is not None or bool(waiting.any())
+        rests = active is not None or (waiting is not None and bool(waiting.any()))
         residual = hold(trying, evaluation.residual, torch.zeros_like(z)) if rests else evaluation.residual
         eta = self._tolerance(evaluation, state)
         solved = self._linear().solve(operator, residual, eta, verify=False)
@@ -119,7 +119,7 @@ class _NewtonSteps(Solver[_Progress]):
             state = replace(state, factors=before.update(solved.rows, solved.factors))
         singular = None if solved.solved else trying & (solved.status >= int(Status.DIVERGED))
         moving = trying if singular is None else trying & ~singular
-        search = Search(problem, z, evaluation, state.norm, solved.value, moving, waiting, rests)
+        search = Search(problem, z, evaluation, state.norm, solved.value, moving, waiting if rests else None)
         stuck = search.run(self.max_backtracks, plain=state.wait is not None)
         failure = None
         if stuck is not None or singular is not None:
@@ -143,17 +143,20 @@ class _NewtonSteps(Solver[_Progress]):
         enough = (0.5 * goal) / state.norm.clamp_min(goal)
         return torch.maximum(forcing, enough)
 
-    def _after(self, search: Search, state: _Progress, waiting: Tensor) -> _Progress:
+    def _after(self, search: Search, state: _Progress, waiting: Tensor | None) -> _Progress:
         """The state after a step in which some samples took Newton's, and `waiting` ones the plain one."""
         constant = isinstance(self.forcing, float) or isinstance(self._linear(), LU)  # which needs no tolerance
         eta = state.eta if constant else _forcing(search.norm, state)
         wait, pause = state.wait, state.pause
-        if wait is not None:
+        if wait is not None and waiting is not None:
             wait = torch.where(waiting & (search.norm < state.norm), wait - 1, state.nobody)
-            wait = torch.where(search.refused, pause, wait)
             # A Newton step that was good makes the next wait short again.
             short = torch.where(waiting, pause, state.nobody + 1)
-            pause = torch.where(search.refused, (2 * pause).clamp_max(_LONGEST_WAIT), short)
+            if search.refused is None:
+                pause = short
+            else:
+                wait = torch.where(search.refused, pause, wait)
+                pause = torch.where(search.refused, (2 * pause).clamp_max(_LONGEST_WAIT), short)
         return _Progress(search.norm, eta, wait, pause, state.nobody, 0, state.factors)
 
 
