@@ -14,6 +14,8 @@ from .solvers import Stage
 _RUNNING = -1
 _DIVERGENCE = 1e8
 """Growth of the residual over the initial one that counts as divergence."""
+_FAR, _TRUSTED = 8.0, 8
+"""Multiple of the tolerance above which it is not computed anew, for so many looks."""
 _GROWN = 10.0
 """Growth over the best residual that tells a sample on its way out from one that hovers."""
 
@@ -86,6 +88,9 @@ class Books:
         self.active = None if only is None else only.clone()
         self.left = norm.numel() if only is None else int(only.sum())
         limit = tolerance.limit(evaluation, self._fallen if self._later else None)
+        self._far: Tensor | None = None
+        self._trusted = 0
+        self._trust(limit)
         if not bool(((norm >= limit) & (norm < torch.inf)).all()):
             self._best = self._reference = torch.where(norm.isnan(), torch.inf, norm)
             within = norm < limit
@@ -115,6 +120,7 @@ class Books:
         self._best = norm if self._best is self._norm else self._best.index_select(0, rows)
         self._norm = norm
         self._fallen = self._fallen.index_select(0, rows)
+        self._far, self._trusted = None, -1
         self.active = None
 
     def spread(self, norm: Tensor) -> Tensor:
@@ -131,15 +137,22 @@ class Books:
     def enter(self, step: int, z: Tensor, evaluation: Evaluation, norm: Tensor, failure: Tensor | None) -> None:
         """Take note of the iterate after `step`."""
         self._step, self._z = step, z
-        limit = self._tolerance.limit(evaluation, self._fallen)
         look = step - self._looked >= self._patience
-        if failure is None and self.active is None and torch.equal(norm, norm.clamp(limit, self._best)):
-            # The usual case: nobody is done, no residual rose, and the new iterate is the best one. NaN equals nothing,
-            # and no limit is zero, so that a residual of zero is not overlooked.
+        simple = failure is None and self.active is None
+        # The usual case: nobody is done, no residual rose, and the new iterate is the best one. NaN equals nothing,
+        # and no limit is zero, so that a residual of zero is not overlooked.
+        usual, limit = simple and self._is_far(norm), None
+        if not usual:
+            limit = self._tolerance.limit(evaluation, self._fallen)
+            usual = simple and torch.equal(norm, norm.clamp(limit, self._best))
+            if usual and self._trusted == 0:
+                self._trust(limit)
+        if usual:
             self._best_z, self._best, self._norm = z, norm, norm
             if look:
                 self._settle(z, norm, self._look(step, norm))
             return
+        assert limit is not None
         within = norm < limit
         if self._tolerance.asks_more:
             candidates = within if self.active is None else within & self.active
@@ -160,6 +173,20 @@ class Books:
                 failed = torch.where(failed == _RUNNING, self._look(step, norm), failed)
             self._settle(z, norm, torch.where(within, int(Status.CONVERGED), failed))
         self._norm = norm
+
+    def _trust(self, limit: Tensor) -> None:
+        """Rely for some looks on the tolerance, `(B,)`, not to become much larger: it takes a pass over the state."""
+        self._far, self._trusted = _FAR * limit, _TRUSTED
+
+    def _is_far(self, norm: Tensor) -> bool:
+        """Whether no residual rose, and none is near the tolerance as it was last seen; if not, look no more."""
+        if self._far is None or not self._trusted:
+            return False
+        self._trusted -= 1
+        far = torch.equal(norm, norm.clamp(self._far, self._best))
+        if not far:
+            self._far, self._trusted = None, -1
+        return far
 
     def _of(self, whole: Tensor) -> Tensor:
         """Of the rows at hand."""

@@ -187,7 +187,7 @@ def shield(output: Tensor, start: Tensor, everywhere: bool, infinite: bool = Tru
             if everywhere or not inner:
                 chosen.append(i)
         if chosen:
-            node.register_hook(partial(_clean, frozenset(chosen), 0.0 if infinite else torch.inf))
+            node.register_hook(partial(_clean, tuple(chosen), 0.0 if infinite else torch.inf))
 
 
 def _refuse(grads: tuple[Any, ...]) -> None:
@@ -198,9 +198,11 @@ def _refuse(grads: tuple[Any, ...]) -> None:
 
 
 def _clean(
-    chosen: frozenset[int], most: float, grad_inputs: tuple[Any, ...], grad_outputs: tuple[Any, ...]
-) -> tuple[Any, ...]:
-    return tuple(
-        g.nan_to_num(nan=0.0, posinf=most, neginf=-most) if i in chosen and g is not None else g
-        for i, g in enumerate(grad_inputs)
-    )
+    chosen: tuple[int, ...], most: float, grad_inputs: tuple[Any, ...], grad_outputs: tuple[Any, ...]
+) -> tuple[Any, ...] | None:
+    grads = None
+    for i in chosen:  # in a product with the Jacobian, which goes to the state alone, most are None
+        if grad_inputs[i] is not None:
+            grads = list(grad_inputs) if grads is None else grads
+            grads[i] = grads[i].nan_to_num(nan=0.0, posinf=most, neginf=-most)
+    return None if grads is None else tuple(grads)
