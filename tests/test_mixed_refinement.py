@@ -1,8 +1,5 @@
 """Refinement: products in reduced precision first, in full after that; the results are those of full precision."""
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
@@ -288,16 +285,15 @@ def test_refinement_that_does_not_converge_is_finished_in_full() -> None:
 
 
 def test_rough_newton_steps_that_lead_nowhere_are_finished_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
-    from torchimplicit import _mixed
-
     weight, x = _equation()
-    linearize: Callable[..., Any] = _mixed.linearize
+    taped = _problem.Problem.taped_jacobian
 
-    def wrong(problem: Any, z: Tensor) -> Any:
-        right = linearize(problem, z)
-        return AutogradJacobian(right.output, right.state, right.count, lambda p: -0.5 * p)
+    def wrong(problem: _problem.Problem, z: Tensor) -> AutogradJacobian | None:
+        right = taped(problem, z)
+        assert right is not None
+        return AutogradJacobian(right.output, right.state, right.count, lambda: lambda p: -0.5 * p)
 
-    monkeypatch.setattr(_mixed, "linearize", wrong)
+    monkeypatch.setattr(_problem.Problem, "taped_jacobian", wrong)
     solver = ti.Picard(rtol=1e-6, mixed_precision=True)
     solution = ti.fixed_point(Watched(weight), torch.zeros_like(x), x.detach(), solver=solver, batch_dims=1)
     assert solution.converged.all()

@@ -21,10 +21,10 @@ PACKAGE = ROOT / "src" / "torchimplicit"
 # A room of the package may import from the rooms in the lines above its own, and from nowhere else in the package.
 FLOORS = [
     "_norms _options _solution _closure _tape _purity _precision _refinement _profile _eagerly",
-    "_layout _report linear _progress",
+    "_layout _report linear _progress _tangent",
     "_objective _shapes _spread",
     "_problem",
-    "solvers _adjoint _isolate _system _tangent",
+    "solvers _adjoint _isolate _system",
     "_tolerance",
     "_books",
     "_iterate",

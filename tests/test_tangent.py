@@ -11,7 +11,7 @@ from torch.nn import functional
 from torchimplicit import _tangent
 from torchimplicit._layout import Layout
 from torchimplicit._problem import Problem
-from torchimplicit._tangent import linearize
+from torchimplicit.linear import AutogradJacobian
 
 torch.manual_seed(0)
 _WEIGHT = torch.randn(6, 6, dtype=torch.float64)
@@ -92,9 +92,9 @@ def _check(fn: Callable[[Tensor, Tensor], Tensor], shape: tuple[int, ...]) -> No
     problem = Problem("fixed_point", fn, (x,), layout)
     rows = layout.pack([z])
     problem.output(rows)
-    jacobian = linearize(problem, rows)
+    jacobian = problem.taped_jacobian(rows)
     assert jacobian is not None
-    by_reverse_mode = problem.linearize(rows, rows).jacobian.mv(layout.pack([p]))
+    by_reverse_mode = AutogradJacobian.at(problem.output, rows, problem.count).mv(layout.pack([p]))
     before = problem.evaluations
     found = jacobian.mv(layout.pack([p]))
     assert problem.evaluations == before + 1
@@ -129,7 +129,7 @@ def test_a_state_of_several_tensors() -> None:
     problem = Problem("fixed_point", fn, (x,), layout)
     rows = layout.pack([a, b])
     problem.output(rows)
-    jacobian = linearize(problem, rows)
+    jacobian = problem.taped_jacobian(rows)
     assert jacobian is not None
     expected = torch.func.jvp(lambda z: fn(z, x), ((a, b),), ((p, q),))[1]
     torch.testing.assert_close(jacobian.mv(layout.pack([p, q])), layout.pack(list(expected)), rtol=1e-12, atol=1e-12)
@@ -142,7 +142,7 @@ def test_a_convolution_costs_one_convolution(monkeypatch: pytest.MonkeyPatch) ->
     problem = Problem("fixed_point", lambda z, x: torch.tanh(functional.conv2d(z, weight, padding=1) + x), (x,), layout)
     rows = layout.pack([z])
     problem.output(rows)
-    jacobian = linearize(problem, rows)
+    jacobian = problem.taped_jacobian(rows)
     assert jacobian is not None
     monkeypatch.setattr(_tangent, "_forward_mode", None)  # is not called
     with torch.profiler.profile() as profile:
@@ -166,7 +166,7 @@ def test_what_a_tape_cannot_tell_is_refused(fn: Callable[[Tensor, Tensor], Tenso
     z, x = torch.randn(4, 6), torch.randn(4, 6)
     problem = Problem("fixed_point", fn, (x,), Layout.of(z, 1))
     problem.output(z)
-    assert linearize(problem, z) is None
+    assert problem.taped_jacobian(z) is None
 
 
 def test_writing_into_a_tensor_is_refused() -> None:
@@ -178,7 +178,7 @@ def test_writing_into_a_tensor_is_refused() -> None:
     z, x = torch.randn(4, 6), torch.randn(4, 6)
     problem = Problem("fixed_point", fn, (x,), Layout.of(z, 1))
     problem.output(z)
-    assert linearize(problem, z) is None
+    assert problem.taped_jacobian(z) is None
 
 
 def test_the_tape_is_of_the_state_alone() -> None:
@@ -189,7 +189,7 @@ def test_the_tape_is_of_the_state_alone() -> None:
         z = torch.randn(4, 6)
         problem = Problem("fixed_point", lambda z, x: torch.tanh(z @ weight + x), (x,), Layout.of(z, 1))
         problem.output(z)
-        jacobian = linearize(problem, z)
+        jacobian = problem.taped_jacobian(z)
         assert jacobian is not None
         product = jacobian.mv(z)
     assert not product.requires_grad

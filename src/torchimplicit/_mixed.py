@@ -9,7 +9,6 @@ from ._iterate import iterate
 from ._problem import Evaluation, Problem
 from ._progress import Progress
 from ._refinement import ROUGH, ROUGH_SYSTEM, WORTH, Pace
-from ._tangent import linearize
 from ._tolerance import Tolerance
 from .linear import Neumann
 from .solvers import Method, Stage
@@ -97,7 +96,7 @@ def _refine(
     pace = Pace()
     while bool(going.any()):
         left = max_steps - int(rough.steps.max()) - 1
-        jacobian = linearize(coarse, rough.z) if left > 0 else None
+        jacobian = coarse.taped_jacobian(rough.z) if left > 0 else None
         if jacobian is None:
             break
         needed = torch.where(going, (_MARGIN * limit / norm).clamp(ROUGH_SYSTEM, 1.0), 1.0)

@@ -17,6 +17,7 @@ from ._objective import Gradient
 from ._precision import Watch
 from ._purity import Purity
 from ._refinement import coarse_dtype
+from ._tangent import Tangent
 from ._tape import Tape, run_eagerly
 from .linear import AutogradJacobian, ResidualJacobian, SuppliedJacobian
 
@@ -225,11 +226,6 @@ class Problem:
         self._version = 0 if self._last is None else self._last._version
         return value
 
-    @property
-    def pure(self) -> bool:
-        """Whether fn was seen to draw nothing at random and to change none of its buffers."""
-        return self._purity.known
-
     def recorded(self, z: Tensor, keep: bool = False) -> tuple[Tensor, Tape]:
         """`output(z)`, and the tape of what the user's function did for it, which may `keep` all tensors."""
         holder: Any = self.fn if isinstance(self.fn, Gradient) else self
@@ -400,7 +396,35 @@ class Problem:
             operator = self.fn.linearize(z.reshape(shape), value.reshape(shape), *self.args)
             jacobian = SuppliedJacobian(operator, shape, self.layout.matrix_shape, self.count)
             return self.operator(jacobian, exact=True)
-        return self.operator(AutogradJacobian.at(self.output, z, self.count))
+        return self.operator(AutogradJacobian.at(self.output, z, self.count, partial(self._tangent, z)))
+
+    def taped_jacobian(self, z: Tensor) -> AutogradJacobian | None:
+        """`∂fn/∂z` at a state, `(B, n)`, for many products `J p`; None where it cannot be had from a tape."""
+        taped = self._taped(z)
+        if taped is None:
+            return None
+        output, state, tangent = taped
+        return AutogradJacobian(output, state, self.count, lambda: tangent)
+
+    def _tangent(self, z: Tensor) -> Tangent | None:
+        """`p ↦ J p` from a tape, which takes one more evaluation."""
+        taped = self._taped(z)
+        return None if taped is None else taped[2]
+
+    def _taped(self, z: Tensor) -> tuple[Tensor, Tensor, Tangent] | None:
+        """fn's value at a state, with a graph, the leaf that it starts from, and `p ↦ J p`."""
+        if isinstance(self.fn, Gradient) or not self._purity.known:
+            return None
+        with torch.inference_mode(False), torch.enable_grad():
+            state = (z.clone() if z.is_inference() else z.detach()).requires_grad_()
+            output, tape = self.recorded(state.view_as(state), keep=True)
+            tangent = Tangent(tape, self._run)
+        return (output, state, tangent) if tangent.usable else None
+
+    def _run(self, user: Callable[[Any], Any], p: Tensor) -> Tensor:
+        """A linear function of the state's structure, on rows `(B, n)`."""
+        out = self.under_autocast(lambda argument, *_: user(argument), self.layout.unpack(p))
+        return self.layout.pack(pytree.tree_leaves(out))
 
     def operator(self, jacobian: AutogradJacobian | SuppliedJacobian, exact: bool = False) -> ResidualJacobian:
         """`A = −∂r/∂z` of fn's Jacobian, whose products are as coarse as fn, or `exact` in the state's own dtype."""

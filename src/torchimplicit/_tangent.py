@@ -7,6 +7,7 @@ left to forward mode, alone.
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -15,9 +16,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional
 from torch.utils import _pytree as pytree
 
-from ._problem import Problem
 from ._tape import Operation, Tape
-from .linear import AutogradJacobian
 
 T = torch.Tensor
 _PRODUCTS: set[Any] = {
@@ -129,21 +128,32 @@ def _forward_mode(step: Operation, values: Mapping[int, Tensor] | list[Tensor], 
     return {slot: tangent for slot, tangent in made.items() if tangent is not None}
 
 
-def linearize(problem: Problem, z: Tensor) -> AutogradJacobian | None:
-    """A problem's `∂fn/∂z` at a state, `(B, n)`, whose products `J p` are taken so; None where that is not possible."""
-    if not problem.pure:
-        return None
-    with torch.inference_mode(False), torch.enable_grad():
-        state = (z.clone() if z.is_inference() else z.detach()).requires_grad_()
-        output, tape = problem.recorded(state.view_as(state), keep=True)
-        try:
-            apply = Differential(tape)
-        except (NotImplementedError, RuntimeError):
+class Tangent:
+    """`p ↦ J p` of a taped evaluation; None once an operation turned out to have no derivative in forward mode.
+
+    Args:
+        tape: made with `keep=True`.
+        run: calls a function of the argument in the function's own conditions, and packs what it returns.
+    """
+
+    def __init__(self, tape: Tape, run: Callable[[Callable[[Any], Any], Tensor], Tensor]) -> None:
+        self._run = run
+        self._apply: Differential | None = None
+        with suppress(NotImplementedError, RuntimeError):
+            self._apply = Differential(tape)
+
+    @property
+    def usable(self) -> bool:
+        """Whether there is any hope."""
+        return self._apply is not None
+
+    def __call__(self, p: Tensor) -> Tensor | None:
+        """`J p`, `(B, n)`."""
+        if self._apply is None:
             return None
-    layout = problem.layout
-
-    def product(p: Tensor) -> Tensor:
-        with torch.inference_mode(False), torch.no_grad():
-            return layout.pack(pytree.tree_leaves(problem.under_autocast(lambda p, *_: apply(p), layout.unpack(p))))
-
-    return AutogradJacobian(output, state, problem.count, product)
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                return self._run(self._apply, p)
+        except (NotImplementedError, RuntimeError):
+            self._apply = None
+            return None

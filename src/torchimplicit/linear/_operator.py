@@ -40,6 +40,7 @@ class JacobianOperator(Protocol):
 
 
 Count = Callable[[int], None]
+Tangent = Callable[[Tensor], Tensor | None]
 _FEW_ROWS = 8
 """Rows of a Jacobian up to which one product for each takes less time than `vmap` takes to begin."""
 
@@ -56,34 +57,45 @@ class AutogradJacobian:
         output: fn's value `(B, m)`, with its graph.
         state: the `(B, n)` leaf that graph starts from.
         count: told the number of products taken.
-        tangent: `p ↦ J p`, where there is a cheaper way than the reverse of the reverse.
+        tangents: finds a cheaper way to `p ↦ J p` than the reverse of the reverse, which may turn out to be none.
     """
 
     output: Tensor
     state: Tensor
     count: Count
-    tangent: Callable[[Tensor], Tensor] | None = None
+    tangents: Callable[[], Tangent | None] | None = None
 
     @classmethod
-    def at(cls, fn: Callable[[Tensor], Tensor], z: Tensor, count: Count) -> Self:
+    def at(
+        cls,
+        fn: Callable[[Tensor], Tensor],
+        z: Tensor,
+        count: Count,
+        tangents: Callable[[], Tangent | None] | None = None,
+    ) -> Self:
         """Record `fn` at `z`."""
         with torch.inference_mode(False), torch.enable_grad():
             state = z.clone().requires_grad_() if z.is_inference() else z.detach().requires_grad_()
-            return cls(fn(state), state, count)
+            return cls(fn(state), state, count, tangents)
 
     def mv(self, p: Tensor) -> Tensor:
         """`J p`."""
         self.count(1)
         if not self.output.requires_grad:
             return torch.zeros_like(self.output)
-        if self.tangent is not None:
-            return self.tangent(p)
+        product = None if self._tangent is None else self._tangent(p)
+        if product is not None:
+            return product
         u, transposed = self._transposed
         if not transposed.requires_grad:
             return torch.zeros_like(self.output)
         with torch.inference_mode(False):
             (product,) = torch.autograd.grad(transposed, u, p, retain_graph=True, materialize_grads=True)
         return product
+
+    @cached_property
+    def _tangent(self) -> Tangent | None:
+        return None if self.tangents is None else self.tangents()
 
     @cached_property
     def _transposed(self) -> tuple[Tensor, Tensor]:
