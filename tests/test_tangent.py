@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+import torchimplicit as ti
 from torchimplicit import _tangent
 from torchimplicit._layout import Layout
 from torchimplicit._problem import Problem
 from torchimplicit.linear import AutogradJacobian
+from torchimplicit.solvers import NewtonKrylov
 
 torch.manual_seed(0)
 _WEIGHT = torch.randn(6, 6, dtype=torch.float64)
@@ -194,3 +196,59 @@ def test_the_tape_is_of_the_state_alone() -> None:
         product = jacobian.mv(z)
     assert not product.requires_grad
     assert weight.grad is None
+
+
+def test_an_operation_without_forward_mode_leaves_it_to_reverse_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def without(*_: Any) -> Any:
+        calls.append(1)
+        raise NotImplementedError("Trying to use forward AD with an operation that does not support it")
+
+    z, x, p = (torch.randn(4, 6, dtype=torch.float64) for _ in range(3))
+    problem = Problem("fixed_point", _attention, (x,), Layout.of(z, 1))
+    problem.output(z)
+    operator = problem.linearize(z, problem.output(z))
+    monkeypatch.setattr(_tangent, "_forward_mode", without)
+    expected = torch.func.jvp(lambda z: _attention(z, x), (z,), (p,))[1]
+    for _ in range(3):
+        torch.testing.assert_close(operator.mv(p), p - expected, rtol=1e-12, atol=1e-12)
+    assert len(calls) == 1  # and is not asked again
+
+
+def test_newton_krylov_takes_its_products_from_the_tape() -> None:
+    """No convolution for the gradient of the weights, as reverse mode over reverse mode has one for each product."""
+    generator = torch.Generator().manual_seed(0)
+    weight = (torch.randn(3, 3, 3, 3, generator=generator) / 5).requires_grad_()
+    x = torch.randn(2, 3, 5, 5, generator=generator)
+    solver = NewtonKrylov(rtol=1e-5)
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        solution = ti.fixed_point(
+            lambda z, x: torch.tanh(functional.conv2d(z, weight, padding=1) + x),
+            torch.zeros_like(x),
+            x,
+            batch_dims=1,
+            solver=solver,
+        )
+    assert solution.converged.all()
+    names = [e.name for e in profile.events()]
+    assert names.count("aten::_convolution_double_backward") == 0
+    # One may be a look at whether the function is compiled.
+    assert names.count("aten::convolution") <= solution.evaluations + 1
+
+
+@pytest.mark.parametrize("solver", [NewtonKrylov(), ti.Auto()], ids=lambda s: type(s).__name__)
+def test_roots_of_functions_of_several_kinds(solver: ti.solvers.Method) -> None:
+    """Found with products from a tape, and as good as any."""
+    generator = torch.Generator().manual_seed(2)
+    b = torch.randn(3, 300, generator=generator, dtype=torch.float64)
+    shift = torch.randn(300, generator=generator, dtype=torch.float64)
+
+    def fn(z: Tensor, b: Tensor) -> Tensor:
+        first, second = z.split(150, dim=-1)
+        mixed = torch.cat((first + 0.1 * second.roll(1, -1), second - 0.1 * first * first), dim=-1)
+        return functional.layer_norm(mixed, (300,)) * 0.1 + z + 0.2 * torch.tanh(z + shift) - b
+
+    solution = ti.root(fn, torch.zeros_like(b), b, batch_dims=1, solver=solver)
+    assert solution.converged.all()
+    assert fn(solution.value, b).abs().max() < 1e-9
