@@ -33,6 +33,8 @@ TESTS = (
     "test_derivative_edges",
     "test_derivative_styles",
     "test_failures",
+    "test_tangent",
+    "test_mixed_refinement",
 )
 """For the rules; a mistake elsewhere shows in the last ones, which are then run first."""
 LIMIT = 600
@@ -410,6 +412,48 @@ MUTANTS = [
         "_attach.py",
         "if torch.is_grad_enabled() or not of.record:",
         "if torch.is_grad_enabled() and of.record:",
+    ),
+    # Products from a tape, and the refinement that they serve.
+    Mutant("tangent: bias kept", "_tangent.py", "after[1 - place] = None", "pass"),
+    Mutant("tangent: bias by name kept", "_tangent.py", 'options["bias"] = None', "pass"),
+    Mutant("tangent: factor of a sum forgotten", "_tangent.py", "(place == 0 or not kwargs) and ", ""),
+    Mutant(
+        "tangent: sum that broadcasts",
+        "_tangent.py",
+        "(place == 0 or not kwargs) and values[slot].shape == values[made].shape",
+        "(place == 0 or not kwargs)",
+    ),
+    Mutant("tangent: product linear in both", "_tangent.py", "if len(moving) == 1 and", "if moving and"),
+    Mutant("tangent: writes in place", "_tangent.py", "if not made or made & read:", "if not made:"),
+    Mutant("tangent: what is out of sight", "_tangent.py", "if tape.opaque:", "if False:"),
+    Mutant("tangent: constants vary", "_tangent.py", "or not step.recording", ""),
+    Mutant(
+        "tangent: random functions",
+        "_problem.py",
+        "isinstance(self.fn, Gradient) or not self._purity.known",
+        "isinstance(self.fn, Gradient)",
+    ),
+    Mutant(
+        "mixed: judged without a fall",
+        "_tolerance.py",
+        "torch.where(self.first < self.limit(start), torch.inf, self.first)",
+        "torch.full_like(self.first, torch.inf)",
+    ),
+    Mutant(
+        "mixed: residual in reduced precision", "_mixed.py", "found = problem.evaluate(z)", "found = coarse.evaluate(z)"
+    ),
+    Mutant("mixed: step taken that is worse", "_mixed.py", "better = going & (after < norm)", "better = going"),
+    Mutant(
+        "mixed: adjoint refined in reduced precision",
+        "linear/_neumann.py",
+        "rest = b - operator.mv(value)",
+        "rest = b - coarse.mv(value)",
+    ),
+    Mutant(
+        "mixed: adjoint of the present function",
+        "_attach.py",
+        "if self.tape is None:\n                return AutogradJacobian",
+        "if True:\n                return AutogradJacobian",
     ),
 ]
 

@@ -70,8 +70,7 @@ def approach(
         judge = Tolerance(coarse, replace(method, rtol=max(method.rtol or 0.0, ROUGH)), start, evaluation)
         stage = replace(stage, patience=_PATIENCE, progress=_PROGRESS)
         found = iterate(coarse, stage, start, steps, keep_trace, judge, evaluation=evaluation, progress=progress)
-        # Who had converged at the start stays there.
-        better = (found.residual < tolerance.first * tolerance.unit) & tolerance.first.isfinite()
+        better = found.residual < tolerance.first * tolerance.unit
         z = torch.where(better[:, None], found.z, start)
         evaluation, trace = problem.evaluate(z), found.trace
         if trace is not None and len(trace):  # what it ended with, in full precision

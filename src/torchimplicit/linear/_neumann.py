@@ -11,8 +11,6 @@ from .._solution import Status
 from ._operator import ResidualJacobian
 from ._solver import LinearOperator, LinearSolution, LinearSolver
 
-_NEXT = 8
-"""Steps from one look at the norms to the next."""
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -33,15 +31,18 @@ class Neumann(LinearSolver):
         slowest: factor per step that is still worth waiting for.
         patience: looks over which it is measured.
         first_look: products before the norms are looked at for the first time.
-        mixed_precision: in float32, solve roughly with matrix products and convolutions in reduced precision (bfloat16
-            on a CPU that has it, TF32 on a CUDA device), compute the residual in full, and again: an iterative
-            refinement (Wilkinson 1963; Higham & Mary 2022, §5), as exact, where it converges, as without.
+        look_every: products from one look to the next; larger values save time where products are cheap.
+        mixed_precision: in the adjoint solve of a layer in float32, solve roughly with products of fn's derivative in
+            bfloat16 (recorded once more, under autocast), compute the residual in full, and again: an iterative
+            refinement (Wilkinson 1963; Higham & Mary 2022, §5), as exact, where it converges, as without. Nothing
+            changes where the device has no bfloat16 units.
     """
 
     max_steps: int = 500
     slowest: float = 0.99
     patience: int = 1
     first_look: int = 12
+    look_every: int = 8
     mixed_precision: bool = False
 
     def __post_init__(self) -> None:
@@ -50,6 +51,7 @@ class Neumann(LinearSolver):
         self._require_number("slowest", 0.0, 1.0, inside=True)
         self._require_count("patience", 1)
         self._require_count("first_look", 1)
+        self._require_count("look_every", 1)
         self._require("mixed_precision", isinstance(self.mixed_precision, bool), "True or False")
 
     def _solve(self, operator: LinearOperator, b: Tensor, rtol: float | Tensor, verify: bool) -> LinearSolution:
@@ -106,7 +108,7 @@ class Neumann(LinearSolver):
             rows = rows.select(left) if divisible else rows.rest(size > target)
         while left.numel():
             # Norms are looked at every few steps, always the same ones.
-            terms = min(_NEXT if taken else first, self.max_steps - taken)
+            terms = min(self.look_every if taken else first, self.max_steps - taken)
             rows.advance(terms, first=not taken)
             taken += terms
             looks += 1

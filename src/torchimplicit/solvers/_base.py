@@ -75,10 +75,13 @@ class Method(Options, ABC):
         norm: `"rms"`, `"two"`, `"max"` or a callable `(B, n) -> (B,)`.
         check_every: steps between two looks at the residuals; larger values save time where fn is cheap, and
             synchronisations on a GPU. Newton looks after every Newton step in any case.
-        mixed_precision: a float32 problem is first solved roughly, to `2⁻⁸`, with matrix products and convolutions in
-            reduced precision (bfloat16 on a CPU that has it, TF32 on a CUDA device), and then from there in full: an
-            iterative refinement (Higham & Mary 2022, "Mixed precision algorithms in numerical linear algebra", §5).
-            What is returned has been evaluated in full precision. It pays where fn spends its time in large products.
+        mixed_precision: a fixed point in float32 is first solved roughly, to `2⁻⁸`, with fn under autocast to bfloat16;
+            Newton steps follow, whose residuals are computed in full and whose linear systems are solved by Neumann's
+            series with fn's derivative under autocast: an iterative refinement (Higham & Mary 2022, "Mixed precision
+            algorithms in numerical linear algebra", §5). All but a few evaluations are coarse, and what is returned
+            is as good as without, judged in full precision; what does not converge so is finished in full. It pays
+            where fn spends its time in large products, on CPUs with bfloat16 units (AVX-512 BF16, AMX) and on CUDA
+            devices that have them; elsewhere, and under the caller's own autocast, nothing changes.
     """
 
     _: KW_ONLY

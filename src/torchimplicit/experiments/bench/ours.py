@@ -11,6 +11,8 @@ from torchimplicit.experiments.bench.problems import Problem, TanhCell
 from torchimplicit.linear import Cascade
 from torchimplicit.solvers import Method
 
+_CHEAP = 20_000
+"""Numbers in a batch of states up to which a cell counts as cheap."""
 MakeMethod = Callable[[float], Method]
 MakeAdjoint = Callable[[float], ti.Implicit]
 
@@ -18,6 +20,10 @@ SOLVERS: dict[str, MakeMethod] = {
     "picard": lambda rtol: ti.Picard(rtol=rtol),
     "picard, every 4th step checked": lambda rtol: ti.Picard(rtol=rtol, check_every=4),
     "picard, every 12th step checked": lambda rtol: ti.Picard(rtol=rtol, check_every=12),
+    "picard, every 24th step checked": lambda rtol: ti.Picard(rtol=rtol, check_every=24),
+    "picard, extrapolated, every 24th step checked": lambda rtol: ti.Picard(
+        rtol=rtol, check_every=24, extrapolate_every=24
+    ),
     "picard, extrapolated": lambda rtol: ti.Picard(rtol=rtol, check_every=4, extrapolate_every=8),
     "picard, mixed precision": lambda rtol: ti.Picard(rtol=rtol, check_every=4, mixed_precision=True),
     "picard, extrapolated, mixed precision": lambda rtol: ti.Picard(
@@ -29,9 +35,11 @@ SOLVERS: dict[str, MakeMethod] = {
     "auto": lambda rtol: ti.Auto(rtol=rtol),
 }
 MIXED = Cascade(neumann=ti.Neumann(slowest=0.97, mixed_precision=True))
+SELDOM = Cascade(neumann=ti.Neumann(slowest=0.93, first_look=20, look_every=20))
 ADJOINTS: dict[str, MakeAdjoint] = {
     "implicit": lambda rtol: ti.Implicit(rtol=rtol),
     "implicit, GMRES": lambda rtol: ti.Implicit(rtol=rtol, linear_solver=ti.GMRES()),
+    "implicit, every 20th product checked": lambda rtol: ti.Implicit(rtol=rtol, linear_solver=SELDOM),
     "implicit, mixed precision": lambda rtol: ti.Implicit(rtol=rtol, linear_solver=MIXED),
     "implicit, reuse": lambda rtol: ti.Implicit(rtol=rtol, reuse=True),
 }
@@ -39,10 +47,10 @@ ADJOINTS: dict[str, MakeAdjoint] = {
 
 def same_name(problem: Problem, solver: str) -> tuple[Contender, ...]:
     """Our solver of a name ("picard", "anderson", "broyden") with each adjoint that can follow it."""
-    solvers = [name for name in SOLVERS if name.partition(",")[0] == solver]
-    adjoints = [name for name in ADJOINTS if solver != "picard" or "reuse" not in name]
+    solvers = [name for name in SOLVERS if name.partition(",")[0] == solver and "24th" not in name]
+    adjoints = [name for name in ADJOINTS if "20th" not in name and (solver != "picard" or "reuse" not in name)]
     pairs = [(s, a) for s in solvers for a in adjoints if ("mixed" in s) == ("mixed" in a)]
-    return _contenders(problem, pairs)
+    return _contenders(problem, pairs + (_seldom(problem) if solver == "picard" else []))
 
 
 def everything(problem: Problem) -> tuple[Contender, ...]:
@@ -61,7 +69,7 @@ def everything(problem: Problem) -> tuple[Contender, ...]:
         ("auto", "implicit"),
         ("auto", "implicit, GMRES"),
     ]
-    return _contenders(problem, pairs)
+    return _contenders(problem, pairs + _seldom(problem))
 
 
 def short_list(problem: Problem) -> tuple[Contender, ...]:
@@ -74,11 +82,18 @@ def short_list(problem: Problem) -> tuple[Contender, ...]:
     return _contenders(problem, pairs)
 
 
+def _seldom(problem: Problem) -> list[tuple[str, str]]:
+    """Those that seldom look at the residuals, which is of use where an evaluation takes no longer than a look."""
+    if problem.x.numel() > _CHEAP:
+        return []
+    solvers = [name for name in SOLVERS if "12th" in name or "24th" in name]
+    return [(solver, "implicit, every 20th product checked") for solver in solvers]
+
+
 def _contenders(problem: Problem, pairs: Sequence[tuple[str, str]]) -> tuple[Contender, ...]:
-    """One for each pair of a solver and an adjoint, and layout in memory."""
-    return tuple(
-        _contender(other, layout, solver, adjoint) for layout, other in problem.layouts() for solver, adjoint in pairs
-    )
+    """One for each pair of a solver and an adjoint; images in `channels_last`, which is the quicker layout for ours."""
+    layout, problem = problem.layouts()[0]
+    return tuple(_contender(problem, layout, solver, adjoint) for solver, adjoint in pairs)
 
 
 def _contender(problem: Problem, layout: str, solver: str, adjoint: str) -> Contender:
