@@ -301,6 +301,24 @@ def test_rough_newton_steps_that_lead_nowhere_are_finished_in_full(monkeypatch: 
     torch.testing.assert_close(residual.detach().square().mean(1).sqrt(), solution.residual, rtol=1e-2, atol=1e-9)
 
 
+def test_a_rough_newton_step_that_is_worse_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, x = _equation()
+    weight = 0.8 * weight.detach() / torch.linalg.matrix_norm(weight.detach(), 2)  # plain steps never make it worse
+    taped = _problem.Problem.taped_jacobian
+
+    def wrong(problem: _problem.Problem, z: Tensor) -> AutogradJacobian | None:
+        right = taped(problem, z)
+        assert right is not None
+        return AutogradJacobian(right.output, right.state, right.count, lambda: lambda p: 0.9 * p)
+
+    monkeypatch.setattr(_problem.Problem, "taped_jacobian", wrong)
+    solver = ti.Picard(rtol=1e-6, mixed_precision=True)
+    solution = ti.fixed_point(Watched(weight), torch.zeros_like(x), x.detach(), solver=solver, batch_dims=1, trace=True)
+    assert solution.converged.all()
+    assert solution.trace is not None
+    assert (solution.trace[1:] <= 1.01 * solution.trace[:-1]).all()
+
+
 def test_functions_that_draw_at_random_converge() -> None:
     """Dropout, whose masks are one for the length of a solve: there is no tape for these."""
     torch.manual_seed(0)
