@@ -316,7 +316,7 @@ def test_a_rough_newton_step_that_is_worse_is_not_taken(monkeypatch: pytest.Monk
     solution = ti.fixed_point(Watched(weight), torch.zeros_like(x), x.detach(), solver=solver, batch_dims=1, trace=True)
     assert solution.converged.all()
     assert solution.trace is not None
-    assert (solution.trace[1:] <= 1.01 * solution.trace[:-1]).all()
+    assert (solution.trace[1:] <= 2 * solution.trace[:-1]).all()  # nine times, if it were
 
 
 def test_functions_that_draw_at_random_converge() -> None:
