@@ -91,7 +91,7 @@ class Layout:
     def pack(self, leaves: list[Tensor]) -> Tensor:
         """Leaves to the matrix `(B, n)`; differentiable."""
         if self.simple:
-            leaf = leaves[0].to(self.dtype)
+            leaf = leaves[0] if leaves[0].dtype == self.dtype else leaves[0].to(self.dtype)
             leaf = leaf if self.order is None else leaf.permute(self.order)
             return leaf if leaf.shape == self.matrix_shape else leaf.reshape(self.matrix_shape)
         columns = [

@@ -47,7 +47,7 @@ def find_best(
     finalists = [final for final in finalists if final[0].seconds <= _CLOSE * quickest]
     if len(finalists) == 1:
         return finalists[0][0], tuple(trials)
-    result = race({str(i): both for i, (_, both) in enumerate(finalists)}, 3, least=0.02)
+    result = race({str(i): both for i, (_, both) in enumerate(finalists)}, 5, least=0.05)
     return finalists[min(range(len(finalists)), key=lambda i: result.cpu_median(str(i)))][0], tuple(trials)
 
 
