@@ -175,21 +175,47 @@ def _exact_products(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return full
 
 
-@pytest.mark.parametrize("layer", [False, True], ids=["function", "closed form"])
-def test_hardly_any_product_of_the_adjoint_is_in_full_precision(monkeypatch: pytest.MonkeyPatch, layer: bool) -> None:
+def test_hardly_any_product_of_the_adjoint_is_in_full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, x = _equation()
     full = _exact_products(monkeypatch)
-    if layer:
-        cell = ti.nn.TanhEquilibrium(64, solver=ti.Picard(), adjoint=REFINED)
-        cell.linear.weight.data.copy_(weight.detach())
-        cell(x).sum().backward()
-    else:
-        solution = ti.fixed_point(
-            Watched(weight), torch.zeros_like(x), x, solver=ti.Picard(), adjoint=REFINED, batch_dims=1
-        )
-        solution.value.sum().backward()
+    solution = ti.fixed_point(
+        Watched(weight), torch.zeros_like(x), x, solver=ti.Picard(), adjoint=REFINED, batch_dims=1
+    )
+    solution.value.sum().backward()
     assert full.count(False) >= 15
     assert full.count(True) <= 5
+
+
+@pytest.mark.parametrize("shape", [(8, 64), (2, 4, 64)])
+def test_a_closed_form_is_refined_with_a_weight_that_was_cast_once(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...]
+) -> None:
+    weight, x = _equation()
+    x = x.detach().reshape(shape).requires_grad_()
+    products: list[torch.dtype] = []
+    matmul = torch.matmul
+
+    def watched(a: Tensor, b: Tensor) -> Tensor:
+        products.append(b.dtype)
+        return matmul(a, b)
+
+    solver = ti.Picard(rtol=1e-6, mixed_precision=True)
+    cell = ti.nn.TanhEquilibrium(64, solver=solver, adjoint=REFINED)
+    plain = ti.nn.TanhEquilibrium(64, solver=ti.Picard(rtol=1e-6), adjoint=ti.Implicit(rtol=1e-6))
+    found = []
+    for layer in (cell, plain):
+        layer.linear.weight.data.copy_(weight.detach())
+        products.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "matmul", watched)
+            z = layer(x)
+            forward = products.count(torch.bfloat16)
+            z.square().sum().backward()
+        found.append((z.detach(), layer.linear.weight.grad, x.grad, forward, products.count(torch.bfloat16) - forward))
+        x.grad = None
+    torch.testing.assert_close(found[0][:3], found[1][:3], rtol=2e-4, atol=1e-4)
+    assert found[0][3] >= 15 and found[0][4] >= 15
+    assert found[1][3:] == (0, 0)
 
 
 def test_a_closure_that_was_rebound_leaves_the_gradient_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:

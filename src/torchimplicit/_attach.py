@@ -131,11 +131,16 @@ class Backward:
             report_failures(what, found.status, self.on_failure, site=self.site)
         return found.value if self.problem.kind == "fixed_point" else -found.value
 
-    def _coarsely(self) -> AutogradJacobian | None:
+    def _coarsely(self) -> AutogradJacobian | SuppliedJacobian | None:
         """fn's Jacobian at the solution in reduced precision, for refinements; None where that gains nothing."""
         problem = self.problem.coarse()
         if problem is None or (self.tape is not None and self.tape.opaque):
             return None
+        if self.tape is None and problem.has_closed_form:
+            with torch.no_grad():  # z is its own value, as nearly as that matters here
+                jacobian = problem.linearize(self.z, self.z).jacobian
+            assert isinstance(jacobian, SuppliedJacobian)
+            return jacobian
         with problem.casts():
             if self.tape is None:
                 return AutogradJacobian.at(problem.output, self.z, problem.count)

@@ -95,15 +95,15 @@ def _refine(
     pace = Pace()
     while bool(going.any()):
         left = max_steps - int(rough.steps.max()) - 1
-        jacobian = coarse.taped_jacobian(rough.z) if left > 0 else None
-        if jacobian is None:
+        operator = coarse.linearize_forward(rough.z, rough.evaluation.value) if left > 0 else None
+        if operator is None:
             break
         needed = torch.where(going, (_MARGIN * limit / norm).clamp(ROUGH_SYSTEM, 1.0), 1.0)
         residual = rough.evaluation.residual
         if not bool(going.all()):
             residual = torch.where(going[:, None], residual, 0.0)
         linear = Neumann(max_steps=left, first_look=pace.products(float(needed.min())))
-        step = linear.solve(coarse.operator(jacobian), residual, needed, verify=False)
+        step = linear.solve(operator, residual, needed, verify=False)
         pace.note(float(step.residual.max()), int(step.steps.max()))
         z = rough.z + step.value
         found = problem.evaluate(z)

@@ -184,10 +184,13 @@ class Problem:
         if dtype is None or self._autocast is not None or dtypes != {torch.float32}:
             return None
         other = copy(self)
+        other._last, other._version = None, 0
+        if self.has_closed_form and hasattr(self.fn, "reduced"):
+            other.fn = self.fn.reduced(dtype)
+            return other
         other._autocast = dtype
         # What a closed form or a repetition computes with is not seen by autocast, or rounded where it should not be.
         other.has_closed_form = other._repeats = False
-        other._last, other._version = None, 0
         return other
 
     def casts(self) -> AbstractContextManager[Any]:
@@ -397,6 +400,13 @@ class Problem:
             jacobian = SuppliedJacobian(operator, shape, self.layout.matrix_shape, self.count)
             return self.operator(jacobian, exact=True)
         return self.operator(AutogradJacobian.at(self.output, z, self.count, partial(self._tangent, z)))
+
+    def linearize_forward(self, z: Tensor, value: Tensor) -> ResidualJacobian | None:
+        """`A = −∂r/∂z` at a state for many products `A p`; None where these are not to be had cheaply."""
+        if self.has_closed_form:
+            return self.linearize(z, value)
+        jacobian = self.taped_jacobian(z)
+        return None if jacobian is None else self.operator(jacobian)
 
     def taped_jacobian(self, z: Tensor) -> AutogradJacobian | None:
         """`∂fn/∂z` at a state, `(B, n)`, for many products `J p`; None where it cannot be had from a tape."""

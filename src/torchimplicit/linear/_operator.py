@@ -22,7 +22,9 @@ class JacobianOperator(Protocol):
     like z, to the preconditioner `Jacobi`, where that is cheaper than `dense()`. `pullback(u)`, of a module's, gives
     `uᵀ ∂fn/∂t` of all else that fn reads: one gradient or None for each of `args`, which must be tensors, and a dict of
     those of the parameters by name; an attribute `reads` has the names of these. No graph is then recorded for a first
-    derivative. It must hold for every u shaped like z. While an attribute `closed_form` of the cell is False, none of
+    derivative. It must hold for every u shaped like z. A cell with a method `reduced(dtype)` gives itself with products
+    in another dtype, what a solve in mixed precision begins with: an object to call, with `linearize`, and `repeat` if
+    the cell has it. While an attribute `closed_form` of the cell is False, none of
     this is used.
     """
 
@@ -264,7 +266,7 @@ class ResidualJacobian:
     shifted: bool
     transposed: bool = False
     epsilon: float = 0.0
-    record: Callable[[], AutogradJacobian | None] | None = None
+    record: Callable[[], AutogradJacobian | SuppliedJacobian | None] | None = None
 
     @property
     def divisible(self) -> bool:

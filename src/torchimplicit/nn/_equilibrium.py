@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, Never
 
 import torch
@@ -71,6 +72,70 @@ class _TanhJacobian:
         return self.slope[..., :, None] * self.weight
 
 
+@dataclass(frozen=True)
+class _ReducedJacobian:
+    """`J = D W` of a cell with products in another dtype; vectors in that of the slope."""
+
+    slope: Tensor
+    cell: "_ReducedCell"
+
+    def mv(self, p: Tensor) -> Tensor:
+        """`D W p`."""
+        return self.slope * self.cell.product(p)
+
+    def rmv(self, u: Tensor) -> Tensor:
+        """`Wᵀ D u`."""
+        weight = self.cell.weight
+        return torch.matmul((self.slope * u).to(weight.dtype), weight).to(u.dtype)
+
+    def select(self, samples: Tensor) -> "_ReducedJacobian":
+        """The Jacobian of some samples, by their indices."""
+        return _ReducedJacobian(self.slope.index_select(0, samples), self.cell)
+
+    def dense(self) -> Tensor:
+        """`(B, n, n)`."""
+        return self.slope[..., :, None] * self.cell.weight
+
+
+class _ReducedCell:
+    """`tanh(W z + x)` with products in another dtype, which no graph is recorded of.
+
+    Args:
+        weight: W.
+        dtype: of the products.
+    """
+
+    samplewise = True
+    pure = True
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
+        self.weight = weight.detach().to(dtype)
+
+    @cached_property
+    def _transposed(self) -> Tensor:
+        """By which a product is a quarter quicker than by the weight as it lies."""
+        return self.weight.t().contiguous()
+
+    def product(self, z: Tensor) -> Tensor:
+        """`W z`."""
+        return torch.matmul(z.to(self.weight.dtype), self._transposed)
+
+    def __call__(self, z: Tensor, x: Tensor) -> Tensor:
+        """`(..., n)`, `(..., n)` to `(..., n)`."""
+        return torch.add(x, self.product(z)).tanh_()
+
+    def repeat(self, z: Tensor, times: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """As `TanhCell.repeat`."""
+        last = z
+        for _ in range(times):
+            z, last = last, self(last, x)
+        return z, last
+
+    def linearize(self, z: Tensor, value: Tensor, x: Tensor) -> _ReducedJacobian:
+        """The Jacobian at z."""
+        return _ReducedJacobian(1.0 - value * value, self)
+
+
 class TanhCell(nn.Module):
     """`tanh(W z + x)`, and its Jacobian.
 
@@ -122,6 +187,10 @@ class TanhCell(nn.Module):
             last = torch.addmm(x, z, weight) if z.ndim == 2 else torch.matmul(z, weight).add_(x)
             last.tanh_()
         return z, last
+
+    def reduced(self, dtype: torch.dtype) -> _ReducedCell:
+        """The cell with its products in another dtype."""
+        return _ReducedCell(self.linear.weight, dtype)
 
     def linearize(self, z: Tensor, value: Tensor, x: Tensor) -> _TanhJacobian:
         """The Jacobian at z, where `value = tanh(W z + x)`: `1 − value²` is the slope."""
