@@ -121,6 +121,25 @@ def test_products_of_functions_of_images(name: str) -> None:
     _check(IMAGES[name], (2, 3, 4, 4))
 
 
+def test_a_complex_state() -> None:
+    """Real-linear where fn is not holomorphic; no real number may be taken for a constant."""
+    generator = torch.Generator().manual_seed(1)
+    z, x, p = (torch.randn(4, 6, generator=generator, dtype=torch.complex128) for _ in range(3))
+    weight = torch.randn(6, 6, generator=generator, dtype=torch.complex128)
+
+    def fn(z: Tensor, x: Tensor) -> Tensor:
+        return torch.tanh(0.3 * (z @ weight) + x) + 0.1 * z.conj() * z.abs() + 0.2 * torch.sigmoid(z.real)
+
+    layout = Layout.of(z, 1)
+    problem = Problem("fixed_point", fn, (x,), layout)
+    rows = layout.pack([z])
+    problem.output(rows)
+    jacobian = problem.taped_jacobian(rows)
+    assert jacobian is not None
+    expected = torch.func.jvp(lambda z: fn(z, x), (z,), (p,))[1]
+    torch.testing.assert_close(layout.unpack(jacobian.mv(layout.pack([p]))), expected, rtol=1e-12, atol=1e-12)
+
+
 def test_a_state_of_several_tensors() -> None:
     def fn(z: tuple[Tensor, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
         first, second = z

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ._problem import Kind
+from ._tangent import differentiable as differentiable
 
 Call = Callable[[Tensor, Sequence[Tensor]], Tensor]
 """`(z, tensors)` to fn's value: `(B, n)` to `(B, n)`, to the objective `(B,)`, or to rows of residuals `(B, m)`."""
@@ -60,11 +61,6 @@ def batched(t: Tensor) -> bool:
     """Whether a tensor carries dims that only a `vmap` sees: torch.func's, or that of `is_grads_batched`."""
     functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
     return transformed() or functorch.is_legacy_batchedtensor(t)
-
-
-def differentiable(t: Tensor) -> bool:
-    """Whether a tensor's dtype has derivatives."""
-    return t.is_floating_point() or t.is_complex()
 
 
 def pull(fn: Callable[..., Tensor], primals: Sequence[Tensor], cotangent: Tensor) -> tuple[Tensor, ...]:

@@ -43,6 +43,11 @@ class _Slot(NamedTuple):
     number: int
 
 
+def differentiable(t: Tensor) -> bool:
+    """Whether a tensor's dtype has derivatives."""
+    return t.is_floating_point() or t.is_complex()
+
+
 class Differential:
     """`dfn` of a taped evaluation with respect to its argument.
 
@@ -67,7 +72,7 @@ class Differential:
             if not read & varies or not step.recording:
                 continue
             self._rules.append(_rule(step, tape.kept, varies))
-            varies |= {slot for slot in made if tape.kept[slot].is_floating_point()}
+            varies |= {slot for slot in made if differentiable(tape.kept[slot])}
 
     def __call__(self, argument: Any) -> Any:
         """The derivative in the direction of an argument, in the structure of what the function returned."""
@@ -101,12 +106,12 @@ def _rule(step: Operation, values: Mapping[int, Tensor] | list[Tensor], varies: 
             if "bias" in options:
                 options["bias"] = None
             before, after = fixed[:place], fixed[place + 1 :]
-            if len(args) > 2:  # of a `functional` one
+            if len(args) > 2:
                 after[1 - place] = None
             return lambda of: {made: func(*before, of[slot], *after, **options)} if slot in of else {}
         if func in _SUMS and (place == 0 or not kwargs) and values[slot].shape == values[made].shape:
             return lambda of: {made: of[slot]} if slot in of else {}
-        if func in _POINTWISE and place == 0:
+        if func in _POINTWISE and place == 0 and values[slot].is_floating_point():
             with torch.enable_grad():
                 point = values[slot].detach().requires_grad_()
                 out = func(point, *fixed[1:], **kwargs)
@@ -154,6 +159,6 @@ class Tangent:
         try:
             with torch.inference_mode(False), torch.no_grad():
                 return self._run(self._apply, p)
-        except (NotImplementedError, RuntimeError):
+        except (NotImplementedError, RuntimeError, TypeError, ValueError):
             self._apply = None
             return None
