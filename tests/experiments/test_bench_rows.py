@@ -138,8 +138,12 @@ def test_a_match_against_torchdeq() -> None:
     assert found.value > 0
     assert found.evidence["theirs"]["evaluations_forward"] > 0
     assert found.evidence["theirs"]["products_backward"] > 0
-    curve = found.evidence["curves"]["ours"]
-    assert curve[0]["residual"] > curve[-1]["residual"]
+    for name, curve in found.evidence["curves"].items():
+        steps = [point["evaluations"] for point in curve]
+        residuals = [point["residual"] for point in curve]
+        assert steps == sorted(steps), name
+        # Ours, if it looks every 24th step, is at rounding by the first look.
+        assert residuals[0] > residuals[-1] or (steps[0] == steps[-1] and residuals[0] < 1e-6), name
 
 
 def test_plots_are_drawn_of_what_there_is(tmp_path: Path) -> None:
