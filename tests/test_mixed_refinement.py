@@ -1,5 +1,7 @@
 """Refinement: products in reduced precision first, in full after that; the results are those of full precision."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -216,6 +218,23 @@ def test_a_closed_form_is_refined_with_a_weight_that_was_cast_once(
     torch.testing.assert_close(found[0][:3], found[1][:3], rtol=2e-4, atol=1e-4)
     assert found[0][3] >= 15 and found[0][4] >= 15
     assert found[1][3:] == (0, 0)
+
+
+def test_a_reduced_form_that_is_older_than_the_cell_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchimplicit.nn._equilibrium import TanhCell
+
+    class Half(TanhCell):
+        def forward(self, z: Tensor, x: Tensor) -> Tensor:
+            return 0.5 * super().forward(z, x)
+
+        def linearize(self, z: Tensor, value: Tensor, x: Tensor) -> Any:
+            return super().linearize(z, 2 * value, x)  # not that of the half, but no matter: a closed form of its own
+
+    monkeypatch.setattr(TanhCell, "reduced", lambda *_: pytest.fail("knows nothing of the half"))
+    torch.manual_seed(0)
+    layer = ti.nn.FixedPoint(Half(64), solver=ti.Picard(rtol=1e-5, mixed_precision=True))
+    with torch.no_grad():
+        assert layer.solve(torch.randn(8, 64)).converged.all()
 
 
 def test_a_closure_that_was_rebound_leaves_the_gradient_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,9 @@ _POINTWISE: set[Any] = {
 }
 """Functions of single numbers."""
 
+_HOPELESS = (NotImplementedError, RuntimeError, TypeError, ValueError)
+"""What says that it is to be left to reverse mode."""
+
 Tangents = dict[int, Tensor]
 Rule = Callable[[Tangents], dict[int, Tensor]]
 
@@ -144,7 +147,7 @@ class Tangent:
     def __init__(self, tape: Tape, run: Callable[[Callable[[Any], Any], Tensor], Tensor]) -> None:
         self._run = run
         self._apply: Differential | None = None
-        with suppress(NotImplementedError, RuntimeError):
+        with suppress(*_HOPELESS):
             self._apply = Differential(tape)
 
     @property
@@ -159,6 +162,6 @@ class Tangent:
         try:
             with torch.inference_mode(False), torch.no_grad():
                 return self._run(self._apply, p)
-        except (NotImplementedError, RuntimeError, TypeError, ValueError):
+        except _HOPELESS:
             self._apply = None
             return None
