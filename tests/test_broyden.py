@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchimplicit as ti
-from torchimplicit._problem import Evaluation, Problem
+from torchimplicit._evaluation import Evaluation
+from torchimplicit._problem import Problem
 
 DOUBLE = torch.float64
 HISTORY = 3

@@ -21,8 +21,8 @@ PACKAGE = ROOT / "src" / "torchimplicit"
 # A room of the package may import from the rooms in the lines above its own, and from nowhere else in the package.
 FLOORS = [
     "_norms _options _solution _closure _tape _purity _precision _refinement _profile _eagerly",
-    "_layout _report linear _progress _tangent",
-    "_objective _shapes _spread",
+    "_layout _report linear _progress _tangent _evaluation",
+    "_objective _shapes _spread _promises",
     "_problem",
     "solvers _adjoint _isolate _system",
     "_tolerance",

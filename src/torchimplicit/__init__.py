@@ -55,6 +55,7 @@ from .solvers import NewtonCG as NewtonCG
 from .solvers import NewtonKrylov as NewtonKrylov
 from .solvers import PeacemanRachford as PeacemanRachford
 from .solvers import Picard as Picard
+from .solvers import PreconditionedPicard as PreconditionedPicard
 
 __version__ = "0.1.0"
 
@@ -94,6 +95,7 @@ __all__ = [
     "PeacemanRachford",
     "PhantomGradient",
     "Picard",
+    "PreconditionedPicard",
     "QR",
     "Shine",
     "Solution",

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._problem import Evaluation, Problem
+from ._evaluation import Evaluation
+from ._problem import Problem
 from ._solution import Status
 from ._tolerance import Tolerance
 from .linear import Inverse

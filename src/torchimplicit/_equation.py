@@ -186,6 +186,7 @@ class Equation:
             fn = Gradient(kind, fn, layout, squares=kind == "least_squares")
         problem = Problem(kind, fn, (), layout)
         problem.epsilon = max(problem.epsilon, self.problem.epsilon)
+        problem.preconditionable = self.problem.preconditionable  # by the user's cell, if not here
         return problem
 
     def solve_linear(

@@ -5,7 +5,8 @@ from dataclasses import replace
 from torch import Tensor
 
 from ._books import Books, Outcome
-from ._problem import Evaluation, Problem
+from ._evaluation import Evaluation
+from ._problem import Problem
 from ._progress import Progress
 from ._tolerance import Tolerance
 from .solvers import Stage

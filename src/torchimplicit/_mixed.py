@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ._evaluation import Evaluation
 from ._iterate import iterate
-from ._problem import Evaluation, Problem
+from ._problem import Problem
 from ._progress import Progress
 from ._refinement import ROUGH, ROUGH_SYSTEM, WORTH, Pace
 from ._tolerance import Tolerance

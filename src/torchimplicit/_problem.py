@@ -8,13 +8,14 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ._evaluation import Evaluation
 from ._layout import Layout
-from ._norms import two
 from ._objective import Gradient
 from ._precision import Watch
+from ._promises import keeps, supplies_jacobian
 from ._purity import Purity
 from ._refinement import coarse_dtype
 from ._tangent import Tangent
@@ -25,80 +26,6 @@ Kind = Literal["fixed_point", "root", "minimize", "least_squares"]
 _TRUSTED, _TRIED = 1.5, 2.0
 _ROUNDING = 64.0
 """Rounding units by which values of the same sample may differ between batches of different size."""
-
-
-class Evaluation:
-    """One evaluation at a state: fn's `value` and the `residual`, both `(B, n)`.
-
-    The residual is computed when it is first looked at: a plain Picard step between two checks never does.
-    """
-
-    __slots__ = ("_norm", "_residual", "_room", "_start", "_target", "objective", "value")
-
-    def __init__(
-        self,
-        value: Tensor,
-        start: Tensor | None = None,
-        residual: Tensor | None = None,
-        objective: Tensor | None = None,
-        target: Tensor | None = None,
-        room: Tensor | None = None,
-    ) -> None:
-        self.value = value
-        self.objective = objective
-        self._start = start
-        self._residual = residual
-        self._target = target
-        self._norm: Tensor | None = None
-        self._room = room
-
-    @property
-    def residual(self) -> Tensor:
-        """`fn(z) − z` for a fixed point, `−fn(z)` for a root."""
-        if self._residual is None:
-            self._residual = -self.value if self._start is None else self.value - self._start
-        return self._residual
-
-    @property
-    def norm(self) -> Tensor:
-        """`‖r‖₂` of each sample, `(B,)`: the loop and most solvers look at it, and it is computed once.
-
-        Where there is room for it, the residual itself is not kept: to fill new memory takes longer than to subtract.
-        """
-        if self._norm is None:
-            if self._room is None or self._residual is not None or self._start is None:
-                self._norm = two(self.residual)
-            else:
-                self._norm = two(torch.sub(self.value, self._start, out=self._room))
-        return self._norm
-
-    @property
-    def target(self) -> Tensor:
-        """What methods of least squares make small, `(B, m)`: the negative residuals of `least_squares`, else `r`."""
-        return self.residual if self._target is None else self._target
-
-    def select(self, samples: Tensor) -> "Evaluation":
-        """The evaluation of some samples, by their indices."""
-        start = self._start if self._residual is None else None  # it serves to compute the residual only
-        parts = (start, self._residual, self.objective, self._target)
-        return Evaluation(
-            self.value.index_select(0, samples), *(None if t is None else t.index_select(0, samples) for t in parts)
-        )
-
-    def where(self, samples: Tensor, other: "Evaluation") -> "Evaluation":
-        """This evaluation for some samples, `(B,)` bool, and another one for the rest."""
-
-        def choose(mine: Tensor | None, theirs: Tensor | None) -> Tensor | None:
-            if mine is None or theirs is None:
-                return None
-            return torch.where(samples if mine.ndim == 1 else samples[:, None], mine, theirs)
-
-        return Evaluation(
-            torch.where(samples[:, None], self.value, other.value),
-            residual=torch.where(samples[:, None], self.residual, other.residual),
-            objective=choose(self.objective, other.objective),
-            target=choose(self._target, other._target),
-        )
 
 
 class Problem:
@@ -115,6 +42,7 @@ class Problem:
             precision, by its parameters or under autocast.
         narrow: whether float16 takes part in them.
         has_closed_form: whether fn supplies its Jacobian itself; False once it was seen to draw or change anything.
+        preconditionable: whether fn claims to have a form in which steps contract faster.
         keeps_inverse: whether the solver is asked what it knows of `A⁻¹` when it is done.
         label: what a profiler calls it.
     """
@@ -142,19 +70,22 @@ class Problem:
         self.narrow = torch.float16 in layout.dtypes
         self._watched = self._autocast is None
         self._purity = Purity(layout.device, fn, args)
+        # A promise that a newer `forward` may not keep is none; a prohibition stands.
         declared = getattr(fn, "samplewise", None)
+        declared = None if declared and not keeps(fn, "samplewise") else declared
         self._samplewise = bool(declared) and self._indexed_by_sample()
         self._split = self._samplewise or (declared is None and bool(layout.batch_shape) and self._carries_the_batch())
         self._split = self._split and not layout.shared  # nobody may leave before all others
         # Whether fn was seen to return the state's own dtype and shape, and may repeat itself unseen.
         self._plain = False
         self.keeps_inverse = False
-        self.has_closed_form = self._closed_form()
+        self.has_closed_form = supplies_jacobian(fn, layout)
         # Hooks, of which it knows nothing, might draw or change something, but with a closed form there are none; a
         # `forward` that is newer than the promise is not meant by it.
-        promised = self.has_closed_form and bool(getattr(fn, "pure", False))
-        self._purity.known = promised and _age(fn, "pure") <= _age(fn, "forward")
-        self._repeats = self._same and self._autocast is None and hasattr(fn, "repeat") and self.has_closed_form
+        self._purity.known = self.has_closed_form and keeps(fn, "pure") and bool(fn.pure)
+        self._repeats = self._same and self._autocast is None and self.has_closed_form and keeps(fn, "repeat")
+        self.preconditionable = kind == "fixed_point" and hasattr(fn, "preconditioned")
+        self._form: list[Any] = []
 
     def _indexed_by_sample(self) -> bool:
         """Whether every tensor among the args is indexed by sample in its first dim; one batch dim only."""
@@ -184,9 +115,8 @@ class Problem:
         if dtype is None or self._autocast is not None or dtypes != {torch.float32}:
             return None
         other = copy(self)
-        other._last, other._version = None, 0
-        newest = hasattr(self.fn, "reduced") and _age(self.fn, "reduced") <= _age(self.fn, "forward")
-        if self.has_closed_form and newest:
+        other._last, other._version, other._form = None, 0, [None]
+        if self.has_closed_form and keeps(self.fn, "reduced"):
             other.fn = self.fn.reduced(dtype)
             return other
         other._autocast = dtype
@@ -321,24 +251,30 @@ class Problem:
             z, value = value, self.output(value)
         return z, value
 
+    def preconditioned(self) -> bool:
+        """Whether fn has a form in which steps contract faster, for which it is asked once in a solve.
+
+        A cell that supplies its Jacobian may also have a method `preconditioned(batch)`, which gives that form, of its
+        parameters alone, or None where it would not pay: an object with a method `repeat(z, times, *args)`, which takes
+        so many of its own steps from z and returns the state and fn's value there, and with `linearize`.
+        """
+        if not self._form:
+            usable = self.preconditionable and self._repeats and keeps(self.fn, "preconditioned")
+            self._form.append(self.fn.preconditioned(self.layout.matrix_shape[0]) if usable else None)
+        # Before the first evaluation it is not known yet that fn returns the state's own dtype and shape.
+        return self._form[0] is not None and (self._plain or not self.evaluations)
+
+    def approach(self, z: Tensor, times: int) -> tuple[Tensor, Tensor]:
+        """So many steps of the preconditioned form, from a state `(B, n)`: the last state and fn's value there."""
+        self._counted[0] += times + 1
+        return self._form[0].repeat(z, times, *self.args)
+
     def scale(self, evaluation: Evaluation, norm: Callable[[Tensor], Tensor]) -> Tensor | None:
         """The scale of the relative tolerance at a state, `(B,)`: `‖fn(z)‖` for a fixed point; None for a root.
 
         The units of a root's fn are not those of z; its scale is the initial residual's norm.
         """
         return norm(evaluation.value) if self.kind == "fixed_point" else None
-
-    def _closed_form(self) -> bool:
-        """Whether fn supplies its Jacobian itself (see `JacobianOperator`); one tensor in the usual order only.
-
-        Not of a module that has hooks, on itself or within, nor of one whose `forward` is newer than its `linearize`,
-        overridden in a subclass or on the instance: the closed form would know nothing of what they change.
-        """
-        if not self.layout.simple or self.layout.order is not None:
-            return False
-        if not hasattr(self.fn, "linearize") or not getattr(self.fn, "closed_form", True):
-            return False
-        return not _hooked(self.fn) and _age(self.fn, "linearize") <= _age(self.fn, "forward")
 
     def keep_inverse(self) -> None:
         """Ask the solver for it; no sample may leave the batch then."""
@@ -397,7 +333,9 @@ class Problem:
         if self.has_closed_form:
             shape = self.layout.shapes[0]
             self._counted[0] += 1
-            operator = self.fn.linearize(z.reshape(shape), value.reshape(shape), *self.args)
+            # The form that the solve has made has quicker ways to solve with the same Jacobian.
+            source = self._form[0] if self._form and self._form[0] is not None else self.fn
+            operator = source.linearize(z.reshape(shape), value.reshape(shape), *self.args)
             jacobian = SuppliedJacobian(operator, shape, self.layout.matrix_shape, self.count)
             return self.operator(jacobian, exact=True)
         return self.operator(AutogradJacobian.at(self.output, z, self.count, partial(self._tangent, z)))
@@ -457,21 +395,6 @@ class Problem:
     def count(self, products: int) -> None:
         """Add Jacobian products to the evaluations."""
         self._counted[0] += products
-
-
-def _hooked(fn: Any) -> bool:
-    """Whether a module, or one within it, has forward or backward hooks."""
-    return isinstance(fn, nn.Module) and any(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in fn.modules()
-    )
-
-
-def _age(fn: Any, method: str) -> int:
-    """How far up among the classes of fn a method is defined; −1 on the instance itself."""
-    if method in getattr(fn, "__dict__", ()):
-        return -1
-    order = type(fn).__mro__
-    return next((i for i, c in enumerate(order) if method in vars(c)), len(order))
 
 
 def _rows(samples: Tensor, batch: torch.Size, value: Any) -> Any:

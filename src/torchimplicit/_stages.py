@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from ._books import Outcome
+from ._evaluation import Evaluation
 from ._iterate import iterate
 from ._mixed import approach
 from ._norms import two
-from ._problem import Evaluation, Problem
+from ._problem import Problem
 from ._progress import Progress
 from ._solution import Status
 from ._tolerance import Tolerance

@@ -6,9 +6,10 @@ from copy import copy
 import torch
 from torch import Tensor
 
+from ._evaluation import Evaluation
 from ._norms import norm_function, two
 from ._precision import COARSE
-from ._problem import Evaluation, Kind, Problem
+from ._problem import Kind, Problem
 from .solvers import Method
 
 _REACH = 4.0

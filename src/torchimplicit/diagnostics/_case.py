@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .._api import fixed_point, least_squares, minimize, root
+from .._evaluation import Evaluation
 from .._layout import Layout
 from .._norms import norm_function, two
 from .._objective import Gradient
-from .._problem import Evaluation, Kind, Problem
+from .._problem import Kind, Problem
 from .._progress import Progress
 from .._solution import PyTree, Solution, Status
 from .._stages import solve

@@ -12,6 +12,8 @@ from ._operator import ResidualJacobian
 from ._solver import LinearOperator, LinearSolution, LinearSolver
 
 _TINY = torch.finfo(torch.float32).tiny
+_BLOCK = 16
+"""Products between two looks, at least, where each look costs two more."""
 
 
 @dataclass(frozen=True)
@@ -103,12 +105,13 @@ class Neumann(LinearSolver):
         rows = _Rows(operator, None, b, size, target, size)
         left = (size > target).nonzero()[:, 0]
         divisible = getattr(operator, "divisible", True)
+        least = _BLOCK if isinstance(operator, ResidualJacobian) and operator.quick else 1
         taken = looked = looks = 0
         if left.numel() < len(b):
             rows = rows.select(left) if divisible else rows.rest(size > target)
         while left.numel():
             # Norms are looked at every few steps, always the same ones.
-            terms = min(self.look_every if taken else first, self.max_steps - taken)
+            terms = min(max(self.look_every if taken else first, least), self.max_steps - taken)
             rows.advance(terms, first=not taken)
             taken += terms
             looks += 1
@@ -167,7 +170,9 @@ class _Rows:
             self.residual = torch.addcmul(self.residual, length, change, value=-1)
             terms -= 1
         if terms:
-            total, self.residual = self.operator.neumann(self.residual, terms)
+            operator = self.operator
+            step = operator.approach if isinstance(operator, ResidualJacobian) else operator.neumann
+            total, self.residual = step(self.residual, terms)
             self.sum = total if self.sum is None else self.sum + total
         self.norm = two(self.residual)
 

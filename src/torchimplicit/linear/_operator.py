@@ -15,7 +15,7 @@ class JacobianOperator(Protocol):
 
     A function or cell may supply its own in closed form: give it a method `linearize(z, value, *args)` that returns
     an object with `mv(p)` and `rmv(u)` on tensors shaped like z, and `dense()` of shape `(B, n, n)`. `value` is
-    `fn(z, *args)`, already known. Three methods are optional. `select(samples)` gives the operator of some samples
+    `fn(z, *args)`, already known. Other methods are optional. `select(samples)` gives the operator of some samples
     alone, by their indices, so that an iteration can go on with those that need it. `neumann(p, terms, transposed)`
     gives `Σₖ Jᵏ p` over `k < terms` and `J^terms p`, `Jᵀ` for `J` if transposed, where that is cheaper together than
     product by product; `torchimplicit.nn.TanhEquilibrium` has these two. `diagonal()` gives the diagonal of `J`, shaped
@@ -24,8 +24,12 @@ class JacobianOperator(Protocol):
     those of the parameters by name; an attribute `reads` has the names of these. No graph is then recorded for a first
     derivative. It must hold for every u shaped like z. A cell with a method `reduced(dtype)` gives itself with products
     in another dtype, what a solve in mixed precision begins with: an object to call, with `linearize`, and `repeat` if
-    the cell has it. While an attribute `closed_form` of the cell is False, none of
-    this is used.
+    the cell has it. A cell with a method `preconditioned(batch)` gives itself in a form whose steps contract faster,
+    made of its parameters alone, or None where that would not pay for so many samples: an object with
+    `repeat(z, times, *args)`, which takes so many steps of that form and returns the last state and fn's value there,
+    and with `linearize`, whose operator may have `approach(p, terms, transposed)` beside `neumann`: any
+    `u ≈ (I − J)⁻¹ p` by so many products, and `p − (I − J) u`. `PreconditionedPicard` and the adjoint solve use it.
+    While an attribute `closed_form` of the cell is False, none of this is used.
     """
 
     def mv(self, p: Tensor) -> Tensor:
@@ -180,12 +184,19 @@ class SuppliedJacobian:
 
     def neumann(self, p: Tensor, terms: int, transposed: bool) -> tuple[Tensor, Tensor] | None:
         """`Σₖ Jᵏ p` over `k < terms` and `J^terms p`, where the supplied operator has a `neumann` too."""
-        if not hasattr(self.operator, "neumann"):
+        return self._both("neumann", p, terms, transposed)
+
+    def approach(self, p: Tensor, terms: int, transposed: bool) -> tuple[Tensor, Tensor] | None:
+        """`u ≈ (I − J)⁻¹ p` and `p − (I − J) u`, where the supplied operator has a way of its own, or the series."""
+        return self._both("approach" if hasattr(self.operator, "approach") else "neumann", p, terms, transposed)
+
+    def _both(self, method: str, p: Tensor, terms: int, transposed: bool) -> tuple[Tensor, Tensor] | None:
+        if not hasattr(self.operator, method):
             return None
         self.count(terms)
         if self.shape == self.matrix_shape:
-            return self.operator.neumann(p, terms, transposed)
-        total, rest = self.operator.neumann(p.reshape(self.shape), terms, transposed)
+            return getattr(self.operator, method)(p, terms, transposed)
+        total, rest = getattr(self.operator, method)(p.reshape(self.shape), terms, transposed)
         return total.reshape(self.matrix_shape), rest.reshape(self.matrix_shape)
 
     @property
@@ -274,6 +285,11 @@ class ResidualJacobian:
         return isinstance(self.jacobian, SuppliedJacobian)
 
     @property
+    def quick(self) -> bool:
+        """Whether the Jacobian has a quicker way to approach a solution than the series."""
+        return isinstance(self.jacobian, SuppliedJacobian) and hasattr(self.jacobian.operator, "approach")
+
+    @property
     def mT(self) -> "ResidualJacobian":
         """The transpose."""
         return replace(self, transposed=not self.transposed)
@@ -289,6 +305,17 @@ class ResidualJacobian:
             both = self.jacobian.neumann(p, terms, self.transposed)
             if both is not None:
                 return both
+        return self._series(p, terms)
+
+    def approach(self, p: Tensor, terms: int) -> tuple[Tensor, Tensor]:
+        """`u ≈ A⁻¹ p` by so many products, and `p − A u`: the series, or a quicker way that the Jacobian has."""
+        if self.shifted and isinstance(self.jacobian, SuppliedJacobian):
+            both = self.jacobian.approach(p, terms, self.transposed)
+            if both is not None:
+                return both
+        return self._series(p, terms)
+
+    def _series(self, p: Tensor, terms: int) -> tuple[Tensor, Tensor]:
         total, rest = p, self._richardson(p)
         for i in range(terms - 1):
             total = total.add_(rest) if i else total + rest

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, Never
+from typing import Never
 
 import torch
 from torch import Tensor, nn
@@ -16,60 +16,10 @@ from .._solution import PyTree
 from ..solvers import Method
 from ._layer import FixedPoint
 from ._memory import Memory
+from ._shifted_tanh import ShiftedTanh, shifted_tanh
+from ._tanh_jacobian import TanhJacobian
 
 _OPTIONS = ("solver", "adjoint", "max_steps", "on_failure", "init", "depth", "device", "dtype")
-
-
-@dataclass(frozen=True)
-class _TanhJacobian:
-    """`J = D W` with `D = diag(1 − tanh²)`, one per sample; products in the batch's own shape `(B, n)`."""
-
-    slope: Tensor
-    weight: Tensor
-    z: Tensor
-
-    reads: ClassVar[tuple[str, ...]] = ("linear.weight",)
-
-    def mv(self, p: Tensor) -> Tensor:
-        """`D W p`."""
-        if p.ndim == 2:
-            return torch.mm(p, self.weight.t()).mul_(self.slope)
-        return self.slope * functional.linear(p, self.weight)
-
-    def rmv(self, u: Tensor) -> Tensor:
-        """`Wᵀ D u`."""
-        scaled = self.slope * u
-        return torch.mm(scaled, self.weight) if u.ndim == 2 else torch.matmul(scaled, self.weight)
-
-    def neumann(self, p: Tensor, terms: int, transposed: bool) -> tuple[Tensor, Tensor]:
-        """`uₜ = Σₖ Jᵏ p` over `k < terms`, and `J^terms p = uₜ₊₁ − uₜ`, by `uₖ₊₁ = p + J uₖ`; `Jᵀ` if transposed."""
-        if not transposed:
-            weight, u = self.weight.t(), p
-            for _ in range(terms - 1):
-                u = torch.addcmul(p, self.slope, torch.matmul(u, weight))
-            return u, torch.addcmul(p, self.slope, torch.matmul(u, weight)).sub_(u)
-        # With y = D u one operation less: yₖ₊₁ = D p + D Wᵀ yₖ, uₖ₊₁ = p + Wᵀ yₖ.
-        u, first = p, self.slope * p
-        if terms > 1:
-            y = first
-            for _ in range(terms - 2):
-                y = torch.addcmul(first, self.slope, torch.matmul(y, self.weight))
-            u = torch.matmul(y, self.weight).add_(p)
-        return u, torch.matmul(self.slope * u, self.weight).add_(p).sub_(u)
-
-    def select(self, samples: Tensor) -> "_TanhJacobian":
-        """The Jacobian of some samples, by their indices."""
-        return _TanhJacobian(self.slope.index_select(0, samples), self.weight, self.z)
-
-    def pullback(self, u: Tensor) -> tuple[tuple[Tensor], dict[str, Tensor]]:
-        """`D u` for x, and `Σ D u zᵀ` over the samples for W."""
-        scaled = self.slope * u
-        n = self.weight.shape[0]
-        return (scaled,), {"linear.weight": torch.mm(scaled.reshape(-1, n).t(), self.z.reshape(-1, n))}
-
-    def dense(self) -> Tensor:
-        """`(B, n, n)`."""
-        return self.slope[..., :, None] * self.weight
 
 
 @dataclass(frozen=True)
@@ -188,13 +138,17 @@ class TanhCell(nn.Module):
             last.tanh_()
         return z, last
 
+    def preconditioned(self, batch: int) -> ShiftedTanh | None:
+        """The form for a batch of that size in which steps contract faster; None where it would not pay."""
+        return shifted_tanh(self.linear.weight, batch)
+
     def reduced(self, dtype: torch.dtype) -> _ReducedCell:
         """The cell with its products in another dtype."""
         return _ReducedCell(self.linear.weight, dtype)
 
-    def linearize(self, z: Tensor, value: Tensor, x: Tensor) -> _TanhJacobian:
+    def linearize(self, z: Tensor, value: Tensor, x: Tensor) -> TanhJacobian:
         """The Jacobian at z, where `value = tanh(W z + x)`: `1 − value²` is the slope."""
-        return _TanhJacobian(1.0 - value * value, self.linear.weight.detach(), z)
+        return TanhJacobian(1.0 - value * value, self.linear.weight.detach(), z)
 
 
 def _is_product(linear: nn.Module) -> bool:

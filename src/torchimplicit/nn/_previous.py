@@ -10,7 +10,8 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.utils import _pytree as pytree
 
-from .._problem import Evaluation, Problem
+from .._evaluation import Evaluation
+from .._problem import Problem
 from .._solution import PyTree, Solution, Status
 from ..solvers import Auto, Method, Solver, Stage, Step
 from ._memory import Memory, alike, choose, is_transformed

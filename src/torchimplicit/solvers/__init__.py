@@ -19,4 +19,5 @@ from ._newton import NewtonKrylov as NewtonKrylov
 from ._newton_cg import NewtonCG as NewtonCG
 from ._peaceman_rachford import PeacemanRachford as PeacemanRachford
 from ._picard import Picard as Picard
+from ._preconditioned_picard import PreconditionedPicard as PreconditionedPicard
 from ._splitting import SplitForm as SplitForm

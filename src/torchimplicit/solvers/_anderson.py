@@ -6,8 +6,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .._evaluation import Evaluation
 from .._norms import two
-from .._problem import Evaluation, Problem
+from .._problem import Problem
 from ..linear import Inverse, LowRank
 from ._anderson_history import LOOK, History
 from ._base import Solver, Step, hold

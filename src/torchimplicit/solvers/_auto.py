@@ -13,6 +13,7 @@ from ._lbfgs import LBFGS
 from ._levenberg_marquardt import LevenbergMarquardt
 from ._newton import Newton, NewtonKrylov
 from ._newton_cg import NewtonCG
+from ._preconditioned_picard import PreconditionedPicard
 
 _DENSE = 256
 """Unknowns up to which a dense Jacobian is cheap."""
@@ -26,7 +27,8 @@ class Auto(Method):
 
     A *fixed point* begins with `Anderson`, which costs little more than plain steps and is never slower than they are
     by much. A sample whose residual does not fall by a fifth in 12 steps goes on with Newton's method from its best
-    iterate, dense up to 256 unknowns and by Krylov methods above. A *root* begins with Newton's method, globalised.
+    iterate, dense up to 256 unknowns and by Krylov methods above. Where the cell can be preconditioned,
+    `PreconditionedPicard` comes before both. A *root* begins with Newton's method, globalised.
 
     What is left then, one stage after the other: Newton's method without step control, from z0 again, which gets past
     the local minima of `‖r‖` that a method of descent ends in; the dogleg; Levenberg–Marquardt. Their failures differ,
@@ -45,12 +47,21 @@ class Auto(Method):
     def stages(self, problem: Problem) -> tuple[Stage, ...]:
         """The solvers and their patience, by the kind of problem and its size."""
         batch, n = problem.layout.matrix_shape
-        return _stages(self, problem.kind, n <= _DENSE, batch * n * n * problem.layout.dtype.itemsize <= _BYTES)
+        dense = batch * n * n * problem.layout.dtype.itemsize <= _BYTES
+        return _stages(self, problem.kind, n <= _DENSE, dense, problem.preconditioned())
 
 
 @lru_cache(maxsize=64)
-def _stages(method: Auto, kind: Kind, few: bool, dense: bool) -> tuple[Stage, ...]:
-    """The stages of samples with few unknowns or many; `dense`: whether the Jacobians of the batch may be formed."""
+def _stages(method: Auto, kind: Kind, few: bool, dense: bool, preconditioned: bool) -> tuple[Stage, ...]:
+    """The stages of samples with few unknowns or many.
+
+    Args:
+        method: with the options that all stages share.
+        kind: of the problem.
+        few: whether a dense Jacobian is cheap.
+        dense: whether the Jacobians of the batch may be formed at all.
+        preconditioned: whether the cell has a form in which steps contract faster.
+    """
     common: dict[str, Any] = {
         "rtol": method.rtol,
         "atol": method.atol,
@@ -73,6 +84,10 @@ def _stages(method: Auto, kind: Kind, few: bool, dense: bool) -> tuple[Stage, ..
         looks = 2 if few else 4
         first = Anderson(adaptive=True, **{**common, "check_every": max(looks, method.check_every)})
         stages = [Stage(first, 150, patience=12, progress=0.8), Stage(newton, 60, patience=12)]
+        if preconditioned:
+            # A step is cheaper than a look: let most of them pass.
+            quick = PreconditionedPicard(**{**common, "check_every": max(8, method.check_every)})
+            stages = [Stage(quick, 200, patience=16, progress=0.5), *stages]
         return (*stages, Stage(Dogleg(**common), 60, patience=20)) if dense else tuple(stages)
     # A matrix-free Newton that does not converge fast is held up by its linear systems.
     stages = [Stage(newton, 60, patience=12) if few else Stage(newton, 60, patience=6, progress=0.1)]

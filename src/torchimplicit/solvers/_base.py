@@ -9,9 +9,10 @@ from typing import Any, ClassVar, Generic, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from .._evaluation import Evaluation
 from .._norms import NORMS, Norm
 from .._options import Options
-from .._problem import Evaluation, Problem
+from .._problem import Problem
 from ..linear import Inverse
 
 State = TypeVar("State")

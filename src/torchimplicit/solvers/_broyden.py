@@ -6,8 +6,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from .._evaluation import Evaluation
 from .._norms import two
-from .._problem import Evaluation, Problem
+from .._problem import Problem
 from ..linear import Inverse
 from ._base import Solver, Step, hold
 from ._broyden_memory import Bad, Good, Memory

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .._problem import Evaluation, Problem
+from .._evaluation import Evaluation
+from .._problem import Problem
 from ._base import hold
 
 _ARMIJO = 1e-4

@@ -6,7 +6,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .._problem import Evaluation, Problem
+from .._evaluation import Evaluation
+from .._problem import Problem
 from ._base import Solver, Step
 from ._splitting import SplitForm, split_form
 

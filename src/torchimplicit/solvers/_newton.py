@@ -7,7 +7,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from .._problem import Evaluation, Problem
+from .._evaluation import Evaluation
+from .._problem import Problem
 from .._solution import Status
 from ..linear import GMRES, LU, Factors, Inverse, LinearSolver
 from ._base import Solver, Step, hold

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .._evaluation import Evaluation
 from .._norms import two
-from .._problem import Evaluation, Problem
+from .._problem import Problem
 from ..linear import AutogradJacobian, PartialJacobian, ResidualJacobian
 from ._trust_region import Model
 

@@ -5,8 +5,9 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from .._evaluation import Evaluation
 from .._norms import two
-from .._problem import Evaluation, Problem
+from .._problem import Problem
 from ..linear import RELAXATION, Resolvent, resolvent_step
 from ._base import Solver, Stage, Step
 from ._splitting import SplitForm, split_form

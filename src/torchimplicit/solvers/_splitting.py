@@ -5,8 +5,9 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor
 
+from .._evaluation import Evaluation
 from .._norms import two
-from .._problem import Evaluation, Problem
+from .._problem import Problem
 from ..linear import MonotoneOperator
 
 _AGREEMENT = 1e3

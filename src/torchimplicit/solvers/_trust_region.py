@@ -7,8 +7,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from .._evaluation import Evaluation
 from .._norms import two
-from .._problem import Evaluation, Problem
+from .._problem import Problem
 from ._base import hold
 
 _ACCEPT = 1e-4
