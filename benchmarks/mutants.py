@@ -35,6 +35,7 @@ TESTS = (
     "test_failures",
     "test_tangent",
     "test_mixed_refinement",
+    "test_preconditioned",
 )
 """For the rules; a mistake elsewhere shows in the last ones, which are then run first."""
 LIMIT = 600
@@ -394,16 +395,16 @@ MUTANTS = [
     ),
     Mutant("pullback: one part of two", "_attach.py", "else total[id(t)] + grad", "else grad"),
     Mutant("pullback: believed incomplete", "_attach.py", "return operator if complete and", "return operator if"),
-    Mutant("pullback: no slope for x", "nn/_equilibrium.py", 'return (scaled,), {"linear', 'return (u,), {"linear'),
+    Mutant("pullback: no slope for x", "nn/_tanh_jacobian.py", 'return (scaled,), {"linear', 'return (u,), {"linear'),
     Mutant(
         "pullback: no slope for W",
-        "nn/_equilibrium.py",
+        "nn/_tanh_jacobian.py",
         "torch.mm(scaled.reshape(-1, n).t(), self.z.reshape(-1, n))",
         "torch.mm(u.reshape(-1, n).t(), self.z.reshape(-1, n))",
     ),
     Mutant(
         "pullback: the slope where z was",
-        "nn/_equilibrium.py",
+        "nn/_tanh_jacobian.py",
         "torch.mm(scaled.reshape(-1, n).t(), self.z.reshape(-1, n))",
         "torch.mm(scaled.reshape(-1, n).t(), self.slope.reshape(-1, n))",
     ),
@@ -432,6 +433,64 @@ MUTANTS = [
         "_problem.py",
         "isinstance(self.fn, Gradient) or not self._purity.known",
         "isinstance(self.fn, Gradient)",
+    ),
+    Mutant(
+        "preconditioned: the value by P",
+        "nn/_shifted_tanh.py",
+        "        b = torch.mm(z, self.weight.t())\n        self._last",
+        "        self._last",
+    ),
+    Mutant("preconditioned: W z of another state", "nn/_shifted_tanh.py", "self._last[0] is z", "True"),
+    Mutant(
+        "preconditioned: no shift of the start", "nn/_shifted_tanh.py", "z = torch.add(z, b, alpha=self.shift)", "pass"
+    ),
+    Mutant("preconditioned: singular M", "nn/_shifted_tanh.py", "not math.isfinite(float(product.sum()))", "False"),
+    Mutant(
+        "preconditioned: c too large", "nn/_shifted_tanh.py", "if radius * _LARGEST <= _PART else _PART / radius", ""
+    ),
+    Mutant(
+        "preconditioned: remainder of the shifted system",
+        "nn/_tanh_jacobian.py",
+        "torch.addmm(p, self.slope * u, self.weight).sub_(u)",
+        "torch.addmm(q, rest * u, product).sub_(u)",
+    ),
+    Mutant(
+        "preconditioned: remainder of the shifted system, forward",
+        "nn/_tanh_jacobian.py",
+        "torch.addcmul(p, self.slope, torch.mm(u, self.weight.t())).sub_(u)",
+        "torch.addcmul(p, self.slope, w).sub_(u)",
+    ),
+    Mutant(
+        "preconditioned: nobody goes on with plain steps",
+        "solvers/_preconditioned_picard.py",
+        "plain = astray if plain is None else plain | astray",
+        "pass",
+    ),
+    Mutant("preconditioned: a residual may stay", "solvers/_preconditioned_picard.py", "_FALL = 0.99", "_FALL = 1.0"),
+    Mutant(
+        "preconditioned: plain steps for everyone",
+        "solvers/_preconditioned_picard.py",
+        "not bool(plain.all())",
+        "not bool(plain.any())",
+    ),
+    Mutant(
+        "preconditioned: the series cut short",
+        "_adjoint.py",
+        "operator.neumann(v, self.terms + 1)",
+        "operator.approach(v, self.terms + 1)",
+    ),
+    Mutant(
+        "preconditioned: refused under transforms",
+        "_equation.py",
+        "problem.preconditionable = self.problem.preconditionable",
+        "pass",
+    ),
+    Mutant("promises: any age", "_promises.py", ' and _age(fn, name) <= _age(fn, "forward")', ""),
+    Mutant(
+        "promises: samples of an older forward",
+        "_problem.py",
+        'declared = None if declared and not keeps(fn, "samplewise") else declared',
+        "pass",
     ),
     Mutant(
         "mixed: judged without a fall",

@@ -14,6 +14,8 @@ from ._precision import COARSE, unit_size
 from ._solution import Status
 from .linear import GMRES, Cascade, Inverse, LinearSolution, LinearSolver, ResidualJacobian
 
+_DEFAULT = Cascade()  # made once: to check its options takes as long as a cheap cell
+
 
 @dataclass(frozen=True)
 class Adjoint(Options):
@@ -159,7 +161,7 @@ class Implicit(LinearAdjoint):
     def _solve(
         self, operator: ResidualJacobian, v: Tensor, rtol: float | Tensor, inverse: Inverse | None
     ) -> LinearSolution:
-        solver = self.linear_solver or Cascade()
+        solver = self.linear_solver or _DEFAULT
         if inverse is None:
             found = solver.solve(operator, v, rtol)
         else:

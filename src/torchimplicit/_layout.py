@@ -58,6 +58,19 @@ class Layout:
             TypeError: if a leaf is no floating-point or complex tensor.
             ValueError: if `batch_dims` is negative, larger than a leaf's ndim, or the leaves' batch shapes differ.
         """
+        if type(z) is not Tensor or type(batch_dims) is not int or torch.compiler.is_compiling():
+            return Layout._read(z, batch_dims)
+        key = (z.shape, z.dtype, z.device, z.layout, batch_dims, _order(z))
+        found = _SEEN.get(key)
+        if found is None:
+            found = Layout._read(z, batch_dims)
+            if len(_SEEN) == _KEPT:
+                _SEEN.clear()
+            _SEEN[key] = found
+        return found
+
+    @staticmethod
+    def _read(z: PyTree, batch_dims: int) -> "Layout":
         leaves, spec = pytree.tree_flatten(z)
         _check_leaves(leaves, batch_dims)
         real = [leaf.dtype.to_real() if leaf.is_complex() else leaf.dtype for leaf in leaves]
@@ -130,7 +143,7 @@ class Layout:
 
     def per_sample(self, vector: Tensor) -> Tensor:
         """A vector `(..., B)` of per-sample figures in the batch shape `(..., *batch)`."""
-        return vector.reshape((*vector.shape[:-1], *self.batch_shape))
+        return vector if len(self.batch_shape) == 1 else vector.reshape((*vector.shape[:-1], *self.batch_shape))
 
     def check_output(self, out: Any, what: str) -> list[Tensor]:
         """The leaves of fn's output, checked against the state's structure, shapes and dtypes.
@@ -164,6 +177,9 @@ class Layout:
         return [leaf.to(dtype) if dtype.is_complex else leaf for leaf, dtype in zip(leaves, self.dtypes, strict=True)]
 
 
+_KEPT = 256
+_SEEN: dict[tuple[Any, ...], Layout] = {}
+"""The layouts of single tensors that were read, by all that they depend on; not more than `_KEPT` of them."""
 _FORMATS = {4: (torch.channels_last, (0, 2, 3, 1)), 5: (torch.channels_last_3d, (0, 2, 3, 4, 1))}
 
 

@@ -147,8 +147,8 @@ class Problem:
         out = self.under_autocast(self.held(self.fn), argument)
         if version is not None and z._version != version:
             raise ValueError(f"{self.kind}: fn changes its argument z in place; use out-of-place operations on z.")
-        if self._same and type(out) is Tensor and out.shape == self._shape and out.dtype == layout.dtype:
-            value = out
+        if layout.bare and type(out) is Tensor and out.shape == self._shape and out.dtype == layout.dtype:
+            value = out if self._same else layout.pack([out])
             self._plain = True
         else:
             leaves = layout.check_output(out, self.kind)
@@ -254,13 +254,13 @@ class Problem:
     def preconditioned(self) -> bool:
         """Whether fn has a form in which steps contract faster, for which it is asked once in a solve.
 
-        A cell that supplies its Jacobian may also have a method `preconditioned(batch)`, which gives that form, of its
-        parameters alone, or None where it would not pay: an object with a method `repeat(z, times, *args)`, which takes
-        so many of its own steps from z and returns the state and fn's value there, and with `linearize`.
+        A cell that supplies its Jacobian may also have a method `preconditioned()`, which gives that form, made of its
+        parameters alone, or None where it cannot: an object with a method `repeat(z, times, *args)`, which takes so
+        many of its own steps from z and returns the state and fn's value there, and with `linearize`.
         """
         if not self._form:
             usable = self.preconditionable and self._repeats and keeps(self.fn, "preconditioned")
-            self._form.append(self.fn.preconditioned(self.layout.matrix_shape[0]) if usable else None)
+            self._form.append(self.fn.preconditioned() if usable else None)
         # Before the first evaluation it is not known yet that fn returns the state's own dtype and shape.
         return self._form[0] is not None and (self._plain or not self.evaluations)
 

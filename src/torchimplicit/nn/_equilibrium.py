@@ -138,9 +138,9 @@ class TanhCell(nn.Module):
             last.tanh_()
         return z, last
 
-    def preconditioned(self, batch: int) -> ShiftedTanh | None:
-        """The form for a batch of that size in which steps contract faster; None where it would not pay."""
-        return shifted_tanh(self.linear.weight, batch)
+    def preconditioned(self) -> ShiftedTanh | None:
+        """The form in which steps contract faster; None where it cannot be had."""
+        return shifted_tanh(self.linear.weight)
 
     def reduced(self, dtype: torch.dtype) -> _ReducedCell:
         """The cell with its products in another dtype."""

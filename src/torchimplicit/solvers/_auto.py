@@ -27,8 +27,8 @@ class Auto(Method):
 
     A *fixed point* begins with `Anderson`, which costs little more than plain steps and is never slower than they are
     by much. A sample whose residual does not fall by a fifth in 12 steps goes on with Newton's method from its best
-    iterate, dense up to 256 unknowns and by Krylov methods above. Where the cell can be preconditioned,
-    `PreconditionedPicard` comes before both. A *root* begins with Newton's method, globalised.
+    iterate, dense up to 256 unknowns and by Krylov methods above. Where the cell can be preconditioned, and has no more
+    unknowns than that, `PreconditionedPicard` comes before both. A *root* begins with Newton's method, globalised.
 
     What is left then, one stage after the other: Newton's method without step control, from z0 again, which gets past
     the local minima of `‖r‖` that a method of descent ends in; the dogleg; Levenberg–Marquardt. Their failures differ,
@@ -48,7 +48,7 @@ class Auto(Method):
         """The solvers and their patience, by the kind of problem and its size."""
         batch, n = problem.layout.matrix_shape
         dense = batch * n * n * problem.layout.dtype.itemsize <= _BYTES
-        return _stages(self, problem.kind, n <= _DENSE, dense, problem.preconditioned())
+        return _stages(self, problem.kind, n <= _DENSE, dense, n <= _DENSE and problem.preconditioned())
 
 
 @lru_cache(maxsize=64)
@@ -60,7 +60,7 @@ def _stages(method: Auto, kind: Kind, few: bool, dense: bool, preconditioned: bo
         kind: of the problem.
         few: whether a dense Jacobian is cheap.
         dense: whether the Jacobians of the batch may be formed at all.
-        preconditioned: whether the cell has a form in which steps contract faster.
+        preconditioned: whether the cell has a form in which steps contract faster, cheap to make.
     """
     common: dict[str, Any] = {
         "rtol": method.rtol,

@@ -10,14 +10,13 @@ from .._evaluation import Evaluation
 from .._problem import Problem
 from ._base import Solver, Step, hold
 
-
 _FALL = 0.99
 """Factor by which a residual falls from look to look where the steps contract at all."""
 
 
 @dataclass
 class _State:
-    """What the residual's norm is to be below now, and the samples that take plain steps, `(B,)` both; None for none."""
+    """What the residual's norm is to be below, and the samples that take plain steps, `(B,)` both; None for none."""
 
     bound: Tensor
     plain: Tensor | None
@@ -29,10 +28,11 @@ class PreconditionedPicard(Solver[_State]):
 
     For a fixed point of a cell that has a method `preconditioned`, such as `torchimplicit.nn.TanhEquilibrium`, whose M
     is that of Newton's method with one slope for all samples: a step costs what a plain one does, one product with a
-    matrix, and half as many or fewer are needed. Residuals are those of the equation itself. A look at them costs one
-    evaluation: `check_every=8` suits cheap cells. A sample whose residual has not fallen from one look to the next goes
-    on with plain steps, and so do all where the cell has no use for M: where the samples are too few for what it costs,
-    under autocast, or with hooks within.
+    matrix, and half as many or fewer are needed. To make M costs as much as some `n / B` to `7 n / B` steps of a batch
+    of B samples: it pays where they are as many as the unknowns, or where plain steps converge slowly. Residuals are
+    those of the equation itself. A look at them costs one evaluation: `check_every=8` suits cheap cells. A sample whose
+    residual has not fallen from one look to the next goes on with plain steps, and so do all where the cell cannot give
+    M: under autocast, or with hooks within.
 
     The adjoint solve of the same call uses the same matrix.
     """

@@ -7,7 +7,7 @@ import torch
 
 from torchimplicit.experiments.bench import ours
 from torchimplicit.experiments.bench.contender import Contender, Runner, Trial
-from torchimplicit.experiments.bench.problems import Problem, TanhCell
+from torchimplicit.experiments.bench.problems import Problem
 from torchimplicit.experiments.bench.race import race
 from torchimplicit.experiments.bench.reference import GRADIENT, RESIDUAL, Reference
 from torchimplicit.experiments.bench.row import Measurement
@@ -48,7 +48,9 @@ def play(
         best = alike
     if theirs is None or best is None:
         raise RuntimeError(f"{'the peer' if theirs is None else 'ours'}: no tolerance meets the bounds")
-    contenders = {c.label: c for c in (*(c for group in peers for c in group), *everything, *same)}
+    layers = ours.layers(problem) if layer else ()
+    layered, layer_trials = find_best(reference, layers)
+    contenders = {c.label: c for c in (*(c for group in peers for c in group), *everything, *same, *layers)}
 
     def ready(trial: Trial) -> Runner:
         return contenders[trial.label].make(trial.forward_tolerance, trial.backward_tolerance, trial.counts)
@@ -56,9 +58,8 @@ def play(
     runners = {"ours": ready(best), "theirs": ready(theirs)}
     if alike is not None:
         runners["same solver"] = ready(alike)
-    if isinstance(problem.cell, TanhCell):
-        form = ours.closed_form(problem, best.label, best.forward_tolerance, best.backward_tolerance)
-        runners["closed form"] = form
+    if layered is not None:
+        runners["layer"] = ready(layered)
     accuracies = {name: reference.judge(*runner.found()) for name, runner in runners.items()}
     result = race({name: runner.both for name, runner in runners.items()}, repeats)
     ratios = {name: result.ratio(name, "theirs") for name in runners if name != "theirs"}
@@ -69,14 +70,15 @@ def play(
         "theirs": theirs.told(),
         "same_solver": alike.told() if alike is not None else None,
         "same_solver_ratio": ratios["same solver"].median if "same solver" in ratios else None,
-        "closed_form_ratio": ratios["closed form"].median if "closed form" in ratios else None,
+        "layer": layered.told() if layered is not None else None,
+        "layer_ratio": ratios["layer"].median if "layer" in ratios else None,
         "accuracy": {name: str(accuracy) for name, accuracy in accuracies.items()},
         "seconds": {name: result.median(name) for name in runners},
         "plain_cell_ratio": ratios["ours"].median,
         "cpu_ratio": result.cpu_ratio("ours", "theirs").median,
         "cell_seconds": _cell_seconds(problem),
         "within_bounds": {
-            "ours": [trial.point() for trial in (*our_trials, *same_trials)],
+            "ours": [trial.point() for trial in (*our_trials, *same_trials, *layer_trials)],
             "theirs": [trial.point() for trial in their_trials],
         },
         "curves": {
@@ -84,9 +86,7 @@ def play(
             for name, trial in (("ours", best), ("theirs", theirs))
         },
     }
-    us = "ours"
-    if layer and "closed form" in ratios and ratios["closed form"].median < ratios["ours"].median:
-        us = "closed form"
+    us = "layer" if "layer" in ratios and ratios["layer"].median < ratios["ours"].median else "ours"
     evidence["measured_as"] = us
     ratio = ratios[us]
     return Measurement(

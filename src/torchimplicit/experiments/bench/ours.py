@@ -29,6 +29,8 @@ SOLVERS: dict[str, MakeMethod] = {
     "picard, extrapolated, mixed precision": lambda rtol: ti.Picard(
         rtol=rtol, check_every=4, extrapolate_every=8, mixed_precision=True
     ),
+    "preconditioned, every 8th step checked": lambda rtol: ti.PreconditionedPicard(rtol=rtol, check_every=8),
+    "preconditioned, every 16th step checked": lambda rtol: ti.PreconditionedPicard(rtol=rtol, check_every=16),
     "anderson": lambda rtol: ti.Anderson(rtol=rtol),
     "anderson, every 2nd step checked": lambda rtol: ti.Anderson(rtol=rtol, check_every=2),
     "broyden": lambda rtol: ti.Broyden(rtol=rtol),
@@ -116,19 +118,33 @@ def _runner(problem: Problem, solver: Method, adjoint: ti.Implicit) -> Runner:
     )
 
 
-def closed_form(problem: Problem, label: str, forward: float, backward: float) -> Runner:
-    """`TanhEquilibrium`, which knows its Jacobian, with the solver and adjoint of a contender's label."""
+def layers(problem: Problem) -> tuple[Contender, ...]:
+    """`TanhEquilibrium`, which knows its Jacobian, with each solver that may be the quickest; for tanh cells only."""
     if not isinstance(problem.cell, TanhCell):
-        raise ValueError(f"{problem.name}: there is a closed form for tanh cells only")
-    solver, adjoint = label.split("; ")
-    layer = ti.nn.TanhEquilibrium(
-        problem.x.shape[1],
-        solver=SOLVERS[solver](forward),
-        adjoint=ADJOINTS[adjoint](backward),
-        on_failure="ignore",
-    )
-    layer.linear.weight = problem.cell.weight
-    return torch_runner(problem, lambda: layer(problem.x), lambda: _count(problem, lambda: layer.solve(problem.x)), {})
+        return ()
+    pairs = [(s, a) for s in SOLVERS if s.startswith("picard, ") for a in ADJOINTS if ("mixed" in s) == ("mixed" in a)]
+    pairs = [(s, a) for s, a in pairs if a in ("implicit", "implicit, mixed precision")] + _seldom(problem)
+    pairs += [(s, "implicit") for s in SOLVERS if s.startswith("preconditioned")]
+    return tuple(_layer(problem, solver, adjoint) for solver, adjoint in pairs)
+
+
+def _layer(problem: Problem, solver: str, adjoint: str) -> Contender:
+    def make(forward: float, backward: float, _: Counts | None) -> Runner:
+        layer = ti.nn.TanhEquilibrium(
+            problem.x.shape[1],
+            solver=SOLVERS[solver](forward),
+            adjoint=ADJOINTS[adjoint](backward),
+            on_failure="ignore",
+        )
+        layer.linear.weight = problem.cell.weight
+        return torch_runner(
+            problem,
+            lambda: layer(problem.x),
+            lambda: _count(problem, lambda: layer.solve(problem.x)),
+            {"solver": repr(layer.solver)},
+        )
+
+    return Contender(f"TanhEquilibrium: {solver}; {adjoint}", make)
 
 
 def _tensor(solution: ti.Solution) -> Tensor:

@@ -83,10 +83,12 @@ def summarise(measurement: Measurement) -> str:
     if measurement.ours is not None and measurement.theirs is not None:
         parts.append(f"{_short(measurement.ours)} against {_short(measurement.theirs)}")
     evidence = measurement.evidence
-    for side in ("ours", "theirs"):
-        if isinstance(evidence.get(side), dict):
-            parts.append(f"{side}: {_contender(evidence[side])}")
-    for key, label in (("same_solver_ratio", "same solver"), ("closed_form_ratio", "closed form")):
+    layer = evidence.get("measured_as") == "layer"
+    for side, key in (("ours", "layer" if layer else "ours"), ("theirs", "theirs")):
+        if isinstance(evidence.get(key), dict):
+            parts.append(f"{side}: {_contender(evidence[key])}")
+    ratios = {"same_solver_ratio": "same solver", "closed_form_ratio": "closed form"}
+    for key, label in (ratios | {"plain_cell_ratio": "plain cell"} if layer else ratios).items():
         if isinstance(evidence.get(key), float):
             parts.append(f"{label} {evidence[key]:.3g}")
     if not parts or (len(parts) == 1 and measurement.ours is not None):
