@@ -8,8 +8,10 @@ import torch
 import torchimplicit as ti
 from torchimplicit.experiments.bench import ours, plots
 from torchimplicit.experiments.bench.contender import Contender, Counts, Pass, Runner
+from torchimplicit.experiments.bench.match import play
 from torchimplicit.experiments.bench.problems import CLOSE, largest_radius, make_problem
 from torchimplicit.experiments.bench.reference import GRADIENT, RESIDUAL, Reference
+from torchimplicit.experiments.bench.report import summarise
 from torchimplicit.experiments.bench.results import Record
 from torchimplicit.experiments.bench.row import Measurement
 from torchimplicit.experiments.bench.search import BACKWARD, FORWARD, find_best, search
@@ -129,7 +131,6 @@ def test_ours_meet_the_bounds_on_a_small_problem() -> None:
 @pytest.mark.slow
 def test_a_match_against_torchdeq() -> None:
     pytest.importorskip("torchdeq")
-    from torchimplicit.experiments.bench.match import play
     from torchimplicit.experiments.bench.peer_torchdeq import torchdeq
 
     problem = make_problem("tanh-16", 0.5, 0, batch=4)
@@ -144,6 +145,30 @@ def test_a_match_against_torchdeq() -> None:
         assert steps == sorted(steps), name
         # Ours, if it looks every 24th step, is at rounding by the first look.
         assert residuals[0] > residuals[-1] or (steps[0] == steps[-1] and residuals[0] < 1e-6), name
+
+
+def test_a_peer_that_meets_no_bounds_is_met_at_looser_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = make_problem("tanh-16", 0.5, 0, batch=4)
+    reference = Reference(problem)
+    z = ti.fixed_point(reference.cell, reference.x * 0, reference.x, batch_dims=1).value
+    assert isinstance(z, torch.Tensor)
+    # Whatever it is asked for, its gradient is off by twice the bound.
+    off = _Scripted(reference, z.detach(), forward=0.0, backward=0.0)
+    reference.weight_gradient = reference.weight_gradient * (1 + 2 * GRADIENT)
+    short = [c for c in ours.everything(problem) if c.label.startswith("picard; ")]
+    monkeypatch.setattr(ours, "everything", lambda _: short)
+    layers = [c for c in ours.layers(problem) if "preconditioned" in c.label]
+    assert len(layers) == 2
+    monkeypatch.setattr(ours, "layers", lambda _: layers)
+    found = play(problem, [[off.contender]], 1, layer=True)
+    assert found.verified
+    assert found.evidence["bounds"]["gradient_error"] == pytest.approx(3 * GRADIENT)
+    assert found.evidence["bounds"]["residual"] == pytest.approx(3 * RESIDUAL)
+    assert found.evidence["layer"]["method"].startswith("TanhEquilibrium: preconditioned")
+    assert "the peer meets no tighter bounds than 3e-05, 3e-04" in summarise(found)
+    tight = play(problem, [short], 1)
+    assert tight.evidence["bounds"]["gradient_error"] == GRADIENT
+    assert "bounds" not in summarise(tight)
 
 
 def test_plots_are_drawn_of_what_there_is(tmp_path: Path) -> None:
