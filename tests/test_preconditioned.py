@@ -5,7 +5,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 import torchimplicit as ti
 from torchimplicit.nn import _equilibrium, _shifted_tanh
@@ -362,6 +363,21 @@ def test_a_promise_older_than_the_forward_is_none() -> None:
     solution = ti.nn.FixedPoint(module, solver=ti.Picard()).solve(x)
     with torch.no_grad():
         assert float((module(solution.value, x) - solution.value).norm()) < 1e-7
+
+
+@pytest.mark.parametrize("solver", [SOLVER, ti.Auto()], ids=["preconditioned", "auto"])
+def test_a_weight_that_is_drawn_is_read_once(solver: ti.solvers.Method) -> None:
+    class Drawn(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return nn.functional.dropout(weight, 0.2, training=True)
+
+    layer = _layer(_weight(0.5), solver=solver)
+    parametrize.register_parametrization(layer.cell.linear, "weight", Drawn())
+    seed = torch.random.get_rng_state()
+    solution = layer.solve(_inputs())
+    torch.random.set_rng_state(seed)
+    weight = layer.cell.linear.weight.detach()
+    torch.testing.assert_close(solution.value.detach(), _solution(weight, _inputs()), rtol=0.0, atol=1e-8)
 
 
 def test_hooks_and_autocast_take_plain_steps() -> None:

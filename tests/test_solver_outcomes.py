@@ -98,6 +98,7 @@ def test_every_exported_solver_of_roots_is_in_the_table() -> None:
     listed = {type(make()) for make, _ in SOLVERS.values()}
     others = {ti.Auto, ti.LBFGS, ti.NewtonCG, ti.Bisection, ti.Chandrupatla}  # tested elsewhere
     others |= {ti.ForwardBackward, ti.PeacemanRachford}  # of monotone layers only
+    others |= {ti.PreconditionedPicard}  # of cells that supply a preconditioner
     exported = {
         thing
         for thing in vars(ti).values()

@@ -259,7 +259,9 @@ class Problem:
         many of its own steps from z and returns the state and fn's value there, and with `linearize`.
         """
         if not self._form:
-            usable = self.preconditionable and self._repeats and keeps(self.fn, "preconditioned")
+            # Where a weight is drawn anew, or changed, whenever it is read, it may not be read once more.
+            usable = self.preconditionable and self._repeats and self._purity.known
+            usable = usable and keeps(self.fn, "preconditioned")
             self._form.append(self.fn.preconditioned() if usable else None)
         # Before the first evaluation it is not known yet that fn returns the state's own dtype and shape.
         return self._form[0] is not None and (self._plain or not self.evaluations)

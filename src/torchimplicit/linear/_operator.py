@@ -25,7 +25,7 @@ class JacobianOperator(Protocol):
     derivative. It must hold for every u shaped like z. A cell with a method `reduced(dtype)` gives itself with products
     in another dtype, what a solve in mixed precision begins with: an object to call, with `linearize`, and `repeat` if
     the cell has it. A cell with a method `preconditioned()` gives itself in a form whose steps contract faster,
-    made of its parameters alone, or None where it cannot: an object with
+    made of its parameters alone, or None where it cannot; if it is `pure`: an object with
     `repeat(z, times, *args)`, which takes so many steps of that form and returns the last state and fn's value there,
     and with `linearize`, whose operator may have `approach(p, terms, transposed)` beside `neumann`: any
     `u ≈ (I − J)⁻¹ p` by so many products, and `p − (I − J) u`. `PreconditionedPicard` and the adjoint solve use it.
