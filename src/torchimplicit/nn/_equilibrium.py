@@ -169,7 +169,7 @@ class TanhEquilibrium(FixedPoint):
 
     Args:
         features: n.
-        solver: None is `Auto()`.
+        solver: None is `Auto()`, which begins with `PreconditionedPicard` where n is at most 256.
         adjoint: None is `Implicit()`.
         max_steps: None is the solver's default.
         on_failure: `"warn"`, `"raise"` or `"ignore"`.
