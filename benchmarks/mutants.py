@@ -440,7 +440,7 @@ MUTANTS = [
         "        b = torch.mm(z, self.weight.t())\n        self._last",
         "        self._last",
     ),
-    Mutant("preconditioned: W z of another state", "nn/_shifted_tanh.py", "self._last[0] is z", "True"),
+    Mutant("preconditioned: W z of another state", "nn/_shifted_tanh.py", "last[0] is z", "True"),
     Mutant(
         "preconditioned: no shift of the start", "nn/_shifted_tanh.py", "z = torch.add(z, b, alpha=self.shift)", "pass"
     ),

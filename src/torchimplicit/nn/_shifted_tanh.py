@@ -37,9 +37,9 @@ class ShiftedTanh:
 
     def repeat(self, z: Tensor, times: int, x: Tensor) -> tuple[Tensor, Tensor]:
         """That many steps from z, `(B, n)`, by one product more: the last state and tanh(W z + x) there."""
-        # W z is known of a state that was returned here.
-        known = self._last is not None and self._last[0] is z
-        b = self._last[1] if known and self._last is not None else torch.mm(z, self.weight.t())
+        last = self._last
+        # W z is known of the state that was returned last.
+        b = last[1] if last is not None and last[0] is z else torch.mm(z, self.weight.t())
         for _ in range(times):
             z = torch.add(b, x).tanh_().sub_(b, alpha=self.shift)
             b = torch.mm(z, self.product)
