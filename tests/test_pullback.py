@@ -141,3 +141,23 @@ def test_a_sample_whose_adjoint_fails_contributes_nothing() -> None:
     assert x.grad is not None
     assert x.grad[0].count_nonzero() == 0
     assert x.grad[1].count_nonzero() == 5
+
+
+@pytest.mark.parametrize("spread", [1.0, 30.0], ids=["together", "one after the other"])
+@pytest.mark.parametrize("solver", [ti.Picard(check_every=8), ti.Anderson(), ti.Newton(), ti.Auto()], ids=repr)
+def test_the_slope_is_that_of_the_value_at_the_solution(solver: ti.solvers.Method, spread: float) -> None:
+    layer = ti.nn.TanhEquilibrium(20, solver=solver, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        layer.linear.weight.copy_(torch.randn(20, 20, dtype=torch.float64, generator=generator) * 0.18)
+    x = torch.randn(30, 20, dtype=torch.float64, generator=generator)
+    x = (x * torch.linspace(1 / spread, 1, 30, dtype=torch.float64)[:, None]).requires_grad_()
+    v = torch.randn(30, 20, dtype=torch.float64, generator=generator)
+    solution = layer.solve(x)
+    assert (int(solution.steps.max()) > int(solution.steps.min())) or spread == 1.0
+    (found,) = torch.autograd.grad(solution.value, x, v)
+    weight, z = layer.linear.weight.detach(), solution.value.detach()
+    slope = 1 - torch.tanh(z @ weight.T + x.detach()) ** 2
+    matrix = torch.eye(20, dtype=torch.float64) - slope[:, :, None] * weight
+    expected = slope * torch.linalg.solve(matrix.mT, v[:, :, None])[:, :, 0]
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-9)

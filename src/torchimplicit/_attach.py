@@ -234,7 +234,7 @@ def attach(
         if closed:
             # What it reads is known without a tape, which costs as much as a cheap cell.
             state = {**dict(problem.fn.named_parameters()), **dict(problem.fn.named_buffers())}
-        supplied = _supplied(problem, z, state) if closed and dead is None else None
+        supplied = _supplied(problem, outcome, state) if closed and dead is None else None
         output, start, tape = None, z, None
         if supplied is not None:
             pass
@@ -286,10 +286,11 @@ def attach(
         return inert(attached, starts)
 
 
-def _supplied(problem: Problem, z: Tensor, state: dict[str, Tensor]) -> ResidualJacobian | None:
+def _supplied(problem: Problem, outcome: Outcome, state: dict[str, Tensor]) -> ResidualJacobian | None:
     """`A` from a cell that also supplies the derivatives by all that it reads; None if it does not."""
     with torch.no_grad():
-        operator = problem.linearize(z, problem.output(z))
+        value = problem.output(outcome.z) if outcome.value is None else outcome.value
+        operator = problem.linearize(outcome.z, value)
     jacobian = operator.jacobian
     if not isinstance(jacobian, SuppliedJacobian) or jacobian.reads is None:
         return None

@@ -34,6 +34,7 @@ class Outcome:
         finite: whether fn's value at `z` is finite.
         clean: whether every sample converged, known to the host.
         inverse: what the solver knows of `A⁻¹` at `z`, where it was asked for.
+        value: fn at `z`, `(B, n)`, where it is known of every sample.
     """
 
     z: Tensor
@@ -44,6 +45,7 @@ class Outcome:
     finite: Tensor
     clean: bool
     inverse: Inverse | None = None
+    value: Tensor | None = None
 
 
 class Books:
@@ -55,6 +57,7 @@ class Books:
     Attributes:
         active: bool, the rows that run; None while all do.
         left: how many run.
+        together: whether all samples converged at the last look, none before.
     """
 
     def __init__(
@@ -88,6 +91,7 @@ class Books:
         self._failures = False
         self.active = None if only is None else only.clone()
         self.left = norm.numel() if only is None else int(only.sum())
+        self.together = False
         limit = tolerance.limit(evaluation, self._fallen if self._later else None)
         self._far: Tensor | None = None
         self._trusted = 0
@@ -215,6 +219,7 @@ class Books:
         if not count:
             return
         samples = rows if self._samples is None else self._samples
+        self.together = status is None and count == everyone and self._samples is None
         if count < everyone:
             samples = rows if self._samples is None else self._samples.index_select(0, rows)
             z, norm = z.index_select(0, rows), norm.index_select(0, rows)

@@ -79,4 +79,6 @@ def iterate(
                     z, evaluation = z.index_select(0, rows), evaluation.select(rows)
                     books.select(rows, part, z)
     outcome = books.close(whole, history if keep_trace else None)
+    if books.together:
+        outcome = replace(outcome, value=evaluation.value)
     return replace(outcome, inverse=solver.inverse(state)) if problem.keeps_inverse and step else outcome

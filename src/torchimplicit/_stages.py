@@ -157,5 +157,6 @@ def _merge(old: Outcome, new: Outcome, left: Tensor) -> Outcome:
         steps=steps,
         trace=trace,
         finite=torch.where(taken, new.finite, old.finite),
+        value=None,
         clean=bool((status == int(Status.CONVERGED)).all()),
     )
