@@ -1,5 +1,8 @@
 """What solvers promise: truthful residuals, samples decided one by one, safeguards, and counts that are counts."""
 
+from dataclasses import dataclass
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -336,3 +339,23 @@ def test_verbose_prints_a_line_for_every_step(capsys: pytest.CaptureFixture[str]
     assert all(line.split()[1] == "Picard" for line in steps)
     assert steps[-1].split()[-2:] == ["100.0", "%"]
     assert float(steps[0].split()[4]) == pytest.approx(0.9, rel=1e-2)  # the largest residual after a step: 0.9
+
+
+@dataclass(frozen=True)
+class _Impatient(ti.solvers.Method):
+    """Looks every ten steps whether a residual has halved."""
+
+    def stages(self, problem: Any) -> tuple[ti.solvers.Stage, ...]:
+        picard = ti.Picard(rtol=self.rtol, atol=self.atol, norm=self.norm)
+        return (ti.solvers.Stage(picard, 60, patience=10, progress=0.5),)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_who_converges_at_a_look_has_not_stalled(batch: int) -> None:
+    rates = torch.tensor([0.0, 0.99], dtype=torch.float64)
+    x = torch.tensor([[100.0, 1.0]], dtype=torch.float64).expand(batch, 2)
+    # The residual is 0.99 ** k after k steps: it falls below the tolerance in step 20, but by a tenth in the last ten.
+    solver = _Impatient(rtol=0.0, atol=0.99**19.5, norm="two")
+    solution = ti.fixed_point(lambda z, x: rates * z + x, torch.zeros_like(x), x, batch_dims=1, solver=solver)
+    assert bool((solution.status == int(ti.Status.CONVERGED)).all())
+    assert solution.steps.tolist() == [20] * batch

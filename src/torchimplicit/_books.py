@@ -170,7 +170,7 @@ class Books:
             self._best_z, self._best = z, norm
             finished = within if self.active is None else within & self.active
             self._end(finished.nonzero()[:, 0], z, norm, None)
-            if look:
+            if look and self.left:
                 self._settle(z, norm, self._look(step, norm))
         else:
             failed = self._sort_out(z, norm, better, failure)
