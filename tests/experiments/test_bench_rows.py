@@ -147,28 +147,20 @@ def test_a_match_against_torchdeq() -> None:
         assert residuals[0] > residuals[-1] or (steps[0] == steps[-1] and residuals[0] < 1e-6), name
 
 
-def test_a_peer_that_meets_no_bounds_is_met_at_looser_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_layer_may_stand_for_the_cell(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = make_problem("tanh-16", 0.5, 0, batch=4)
-    reference = Reference(problem)
-    z = ti.fixed_point(reference.cell, reference.x * 0, reference.x, batch_dims=1).value
-    assert isinstance(z, torch.Tensor)
-    # Whatever it is asked for, its gradient is off by twice the bound.
-    off = _Scripted(reference, z.detach(), forward=0.0, backward=0.0)
-    reference.weight_gradient = reference.weight_gradient * (1 + 2 * GRADIENT)
-    short = [c for c in ours.everything(problem) if c.label.startswith("picard; ")]
-    monkeypatch.setattr(ours, "everything", lambda _: short)
+    plain = [c for c in ours.everything(problem) if c.label.startswith("picard; ")]
     layers = [c for c in ours.layers(problem) if "preconditioned" in c.label]
     assert len(layers) == 2
+    monkeypatch.setattr(ours, "everything", lambda _: plain)
     monkeypatch.setattr(ours, "layers", lambda _: layers)
-    found = play(problem, [[off.contender]], 1, layer=True)
+    found = play(problem, [plain], 1, layer=True)
     assert found.verified
-    assert found.evidence["bounds"]["gradient_error"] == pytest.approx(3 * GRADIENT)
-    assert found.evidence["bounds"]["residual"] == pytest.approx(3 * RESIDUAL)
     assert found.evidence["layer"]["method"].startswith("TanhEquilibrium: preconditioned")
-    assert "the peer meets no tighter bounds than 3e-05, 3e-04" in summarise(found)
-    tight = play(problem, [short], 1)
-    assert tight.evidence["bounds"]["gradient_error"] == GRADIENT
-    assert "bounds" not in summarise(tight)
+    assert found.value == min(found.evidence["layer_ratio"], found.evidence["plain_cell_ratio"])
+    told = "TanhEquilibrium" if found.evidence["measured_as"] == "layer" else "ours: picard"
+    assert told in summarise(found)
+    assert play(problem, [plain], 1).evidence["layer"] is None
 
 
 def test_plots_are_drawn_of_what_there_is(tmp_path: Path) -> None:

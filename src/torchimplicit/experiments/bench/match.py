@@ -1,7 +1,6 @@
 """A match: the best of ours against the best of a peer's, each at its loosest tolerances that meet the bounds."""
 
 from collections.abc import Sequence
-from itertools import product
 from typing import Any
 
 import torch
@@ -13,9 +12,6 @@ from torchimplicit.experiments.bench.race import race
 from torchimplicit.experiments.bench.reference import GRADIENT, RESIDUAL, Reference
 from torchimplicit.experiments.bench.row import Measurement
 from torchimplicit.experiments.bench.search import find_best, residual_curve
-
-SLACKS = (1.0, 3.0, 10.0)
-"""Factors of the bounds: as they are, and looser where a peer cannot meet them."""
 
 
 def play(
@@ -30,8 +26,7 @@ def play(
 
     Args:
         problem: what is solved and differentiated.
-        peers: groups of contenders; a later group plays only if no one of the earlier ones meets the bounds. If no
-            group does, the bounds are loosened, for both sides.
+        peers: groups of contenders; a later group plays only if no one of the earlier ones meets the bounds.
         repeats: rounds of the race.
         same: contenders of ours that use the peer's own method, for comparison.
         curves: whether to measure the time of the winners' forward passes against the residual, too.
@@ -42,8 +37,7 @@ def play(
     """
     reference = Reference(problem)
     theirs, their_trials = None, ()
-    for slack, group in product(SLACKS, peers):
-        reference.slack = slack
+    for group in peers:
         theirs, their_trials = find_best(reference, group)
         if theirs is not None:
             break
@@ -70,7 +64,7 @@ def play(
     result = race({name: runner.both for name, runner in runners.items()}, repeats)
     ratios = {name: result.ratio(name, "theirs") for name in runners if name != "theirs"}
     evidence: dict[str, Any] = {
-        "bounds": {"residual": reference.slack * RESIDUAL, "gradient_error": reference.slack * GRADIENT},
+        "bounds": {"residual": RESIDUAL, "gradient_error": GRADIENT},
         "spectral_radius": problem.radius,
         "ours": best.told(),
         "theirs": theirs.told(),

@@ -122,9 +122,9 @@ def layers(problem: Problem) -> tuple[Contender, ...]:
     """`TanhEquilibrium`, which knows its Jacobian, with each solver that may be the quickest; for tanh cells only."""
     if not isinstance(problem.cell, TanhCell):
         return ()
-    pairs = [(s, a) for s in SOLVERS if s.startswith("picard, ") for a in ADJOINTS if ("mixed" in s) == ("mixed" in a)]
-    pairs = [(s, a) for s, a in pairs if a in ("implicit", "implicit, mixed precision")] + _seldom(problem)
-    pairs += [(s, "implicit") for s in SOLVERS if s.startswith("preconditioned")]
+    quick = [name for name in SOLVERS if name.startswith(("picard, ", "preconditioned"))]
+    pairs = [(name, "implicit, mixed precision" if "mixed" in name else "implicit") for name in quick]
+    pairs += _seldom(problem)
     return tuple(_layer(problem, solver, adjoint) for solver, adjoint in pairs)
 
 

@@ -24,18 +24,16 @@ class Accuracy:
         residual: worst sample's `‖f(z) − z‖ / ‖f(z)‖`, recomputed in float64 from the returned z.
         weight_error: `‖g − g_ref‖ / ‖g_ref‖` of the gradient in the weight.
         input_error: the same in x.
-        slack: factor of the bounds.
     """
 
     residual: float
     weight_error: float
     input_error: float
-    slack: float = 1.0
 
     @property
     def solved(self) -> bool:
         """Whether the residual is within its bound."""
-        return self.residual <= self.slack * RESIDUAL
+        return self.residual <= RESIDUAL
 
     @property
     def gradient_error(self) -> float:
@@ -45,7 +43,7 @@ class Accuracy:
     @property
     def good(self) -> bool:
         """Whether everything is within its bound (a NaN is not)."""
-        return self.solved and self.gradient_error <= self.slack * GRADIENT
+        return self.solved and self.gradient_error <= GRADIENT
 
     def __str__(self) -> str:
         """Show the three numbers."""
@@ -65,12 +63,7 @@ class Reference:
 
     The library finds them, and what is checked here does not depend on it: the residual of the solution and that of
     the adjoint system `u = Jᵀu + v` are recomputed.
-
-    Attributes:
-        slack: factor of the bounds by which is judged: 1, unless one side cannot meet them as they are.
     """
-
-    slack: float = 1.0
 
     def __init__(self, problem: Problem) -> None:
         self.cell = copy.deepcopy(problem.cell).double()
@@ -100,7 +93,7 @@ class Reference:
 
     def solves(self, z: Tensor) -> bool:
         """Whether it is within the bound."""
-        return self.residual(z) <= self.slack * RESIDUAL
+        return self.residual(z) <= RESIDUAL
 
     def judge(self, z: Tensor, weight_gradient: Tensor, input_gradient: Tensor) -> Accuracy:
         """How good a solution and its gradients are."""
@@ -108,7 +101,6 @@ class Reference:
             self.residual(z),
             _error(weight_gradient, self.weight_gradient),
             _error(input_gradient, self.input_gradient),
-            self.slack,
         )
 
 

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torchimplicit.experiments.bench.reference import GRADIENT
 from torchimplicit.experiments.bench.registry import SUMMARIES
 from torchimplicit.experiments.bench.results import Record, summary_measurement
 from torchimplicit.experiments.bench.row import Measurement
@@ -92,9 +91,6 @@ def summarise(measurement: Measurement) -> str:
     for key, label in (ratios | {"plain_cell_ratio": "plain cell"} if layer else ratios).items():
         if isinstance(evidence.get(key), float):
             parts.append(f"{label} {evidence[key]:.3g}")
-    bounds = evidence.get("bounds")
-    if isinstance(bounds, dict) and bounds["gradient_error"] > GRADIENT:
-        parts.append(f"the peer meets no tighter bounds than {bounds['residual']:.0e}, {bounds['gradient_error']:.0e}")
     if not parts or (len(parts) == 1 and measurement.ours is not None):
         plain = {key: value for key, value in evidence.items() if isinstance(value, int | float | str)}
         parts += [f"{key.replace('_', ' ')} {_plain(value)}" for key, value in list(plain.items())[:6]]
