@@ -1,5 +1,6 @@
 """What the rows rest on: problems of the radius asked for, errors measured against float64, the loosest tolerances."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -142,7 +143,9 @@ def test_a_match_against_torchdeq() -> None:
     for name, curve in found.evidence["curves"].items():
         steps = [point["evaluations"] for point in curve]
         residuals = [point["residual"] for point in curve]
-        assert steps == sorted(steps), name
+        # One evaluation is saved where all samples end at one look, so a tighter bound may take one less.
+        assert all(later >= earlier - 1 for earlier, later in pairwise(steps)), name
+        assert steps[-1] >= steps[0] - 1, name
         # Ours, if it looks every 24th step, is at rounding by the first look.
         assert residuals[0] > residuals[-1] or (steps[0] == steps[-1] and residuals[0] < 1e-6), name
 
