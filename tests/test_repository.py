@@ -101,14 +101,44 @@ before = {name.partition(".")[0] for name in sys.modules}
 import torchimplicit
 print(*{name.partition(".")[0] for name in sys.modules} - before, "torchimplicit.experiments" in sys.modules)
 """
-    run = subprocess.run(
-        [sys.executable, "-c", program],
-        env={"PYTHONPATH": str(PACKAGE.parent), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert run.stdout.split() == ["torchimplicit", "False"]
+    assert _run(program).split() == ["torchimplicit", "False"]
+
+
+def test_layers_and_diagnostics_are_imported_when_they_are_asked_for() -> None:
+    program = """
+import sys, torchimplicit as ti
+parts = [f"torchimplicit.{name}" for name in ("nn", "diagnostics")]
+print([part in sys.modules for part in parts])
+print(sorted({"diagnostics", *ti.__all__} - set(dir(ti))))
+print(ti.monitor.__name__, ti.check_gradients.__name__, [part in sys.modules for part in parts])
+print(ti.nn is sys.modules["torchimplicit.nn"], ti.monitor is ti.monitor, hasattr(ti, "no_such_name"))
+"""
+    shown = ["[False, False]", "[]", "monitor check_gradients [False, True]", "True True False"]
+    assert _run(program).splitlines() == shown
+    assert _run("from torchimplicit import *; print(nn.__name__, check_gradients.__name__)").split() == [
+        "torchimplicit.nn",
+        "check_gradients",
+    ]
+
+
+def test_an_import_stays_small() -> None:
+    """Modules, classes and allocations cost time: as many as few enough not to set off a pass over torch's objects."""
+    program = """
+import gc, sys, torch
+gc.disable()
+before, modules = gc.get_count()[0], len(sys.modules)
+import torchimplicit
+print(gc.get_count()[0] - before, len(sys.modules) - modules)
+"""
+    allocations, modules = (int(word) for word in _run(program).split())
+    assert 0 < modules <= 90
+    assert 0 < allocations <= 12_000
+
+
+def _run(program: str) -> str:
+    environment = {"PYTHONPATH": str(PACKAGE.parent), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    return done.stdout
 
 
 def _room(module: tuple[str, ...]) -> str:

@@ -1,6 +1,8 @@
 """torchimplicit: implicit layers for PyTorch, with exact gradients and per-sample evidence of convergence."""
 
-from . import nn as nn
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from ._adjoint import Adjoint as Adjoint
 from ._adjoint import Implicit as Implicit
 from ._adjoint import JacobianFree as JacobianFree
@@ -18,19 +20,6 @@ from ._solution import ConvergenceWarning as ConvergenceWarning
 from ._solution import Solution as Solution
 from ._solution import Status as Status
 from ._unroll import Unroll as Unroll
-from .diagnostics import Comparison as Comparison
-from .diagnostics import GradientCheck as GradientCheck
-from .diagnostics import GradientError as GradientError
-from .diagnostics import Monitor as Monitor
-from .diagnostics import PathIndependence as PathIndependence
-from .diagnostics import SpectralRadius as SpectralRadius
-from .diagnostics import check_gradients as check_gradients
-from .diagnostics import compare_solvers as compare_solvers
-from .diagnostics import gradient_error as gradient_error
-from .diagnostics import jacobian_penalty as jacobian_penalty
-from .diagnostics import monitor as monitor
-from .diagnostics import path_independence as path_independence
-from .diagnostics import spectral_radius as spectral_radius
 from .linear import CG as CG
 from .linear import GMRES as GMRES
 from .linear import LU as LU
@@ -56,6 +45,23 @@ from .solvers import NewtonKrylov as NewtonKrylov
 from .solvers import PeacemanRachford as PeacemanRachford
 from .solvers import Picard as Picard
 from .solvers import PreconditionedPicard as PreconditionedPicard
+
+if TYPE_CHECKING:
+    from . import diagnostics as diagnostics
+    from . import nn as nn
+    from .diagnostics import Comparison as Comparison
+    from .diagnostics import GradientCheck as GradientCheck
+    from .diagnostics import GradientError as GradientError
+    from .diagnostics import Monitor as Monitor
+    from .diagnostics import PathIndependence as PathIndependence
+    from .diagnostics import SpectralRadius as SpectralRadius
+    from .diagnostics import check_gradients as check_gradients
+    from .diagnostics import compare_solvers as compare_solvers
+    from .diagnostics import gradient_error as gradient_error
+    from .diagnostics import jacobian_penalty as jacobian_penalty
+    from .diagnostics import monitor as monitor
+    from .diagnostics import path_independence as path_independence
+    from .diagnostics import spectral_radius as spectral_radius
 
 __version__ = "0.1.0"
 
@@ -117,3 +123,33 @@ __all__ = [
     "root",
     "spectral_radius",
 ]
+
+_DIAGNOSTICS = {
+    "Comparison",
+    "GradientCheck",
+    "GradientError",
+    "Monitor",
+    "PathIndependence",
+    "SpectralRadius",
+    "check_gradients",
+    "compare_solvers",
+    "gradient_error",
+    "jacobian_penalty",
+    "monitor",
+    "path_independence",
+    "spectral_radius",
+}
+"""Names that lie in `diagnostics`, which, like `nn`, is not imported before it is asked for."""
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("diagnostics", "nn"):
+        return import_module(f".{name}", __name__)
+    if name in _DIAGNOSTICS:
+        value = globals()[name] = getattr(import_module(".diagnostics", __name__), name)
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "diagnostics"})

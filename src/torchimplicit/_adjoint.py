@@ -17,12 +17,12 @@ from .linear import GMRES, Cascade, Inverse, LinearSolution, LinearSolver, Resid
 _DEFAULT = Cascade()  # made once: to check its options takes as long as a cheap cell
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Adjoint(Options):
     """Base class of the adjoints: how gradients are computed."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class LinearAdjoint(Adjoint, ABC):
     """Base class: how the gradient `v` with respect to z* becomes `u ≈ A⁻ᵀ v`; then it is `uᵀ ∂r/∂θ`.
 
@@ -83,7 +83,7 @@ class WarmStart:
         self._last = u.detach()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Implicit(LinearAdjoint):
     """Exact gradients by the implicit function theorem: `Aᵀu = v`, then `uᵀ ∂r/∂θ` (`A = −∂r/∂z` at the solution).
 
@@ -177,7 +177,7 @@ class Implicit(LinearAdjoint):
         return replace(found, value=torch.where(solved[:, None], found.value, 0.0))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class NeumannSeries(LinearAdjoint):
     """`u = Σ (Jᵀ)ᵏ v` over `k ≤ terms`, the exact `u` cut short (Lorraine et al. 2020, for bilevel problems).
 
@@ -200,7 +200,7 @@ class NeumannSeries(LinearAdjoint):
         return _report(total, rest, v, self.terms)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class JacobianFree(LinearAdjoint):
     """`u = v`: the gradient of one more call of fn at the solution (JFB, Fung et al. 2022; Bolte et al. 2023).
 
@@ -218,7 +218,7 @@ class JacobianFree(LinearAdjoint):
         return LinearSolution(value, status, v.new_full((v.shape[0],), torch.nan), nobody, solved)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class PhantomGradient(LinearAdjoint):
     """`u = λ Σ (λ Jᵀ + (1 − λ) I)ᵏ v` over `k < steps`: damped steps unrolled at the solution (Geng et al. 2021).
 
@@ -248,7 +248,7 @@ class PhantomGradient(LinearAdjoint):
         return _report(total, rest, v, self.steps)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Shine(LinearAdjoint):
     """`u = Hᵀ v` with the solver's own `H ≈ A⁻¹`, and a few refinements (SHINE; Ramzi et al. 2022).
 

@@ -38,7 +38,7 @@ from ._tape import Tape
 from .linear import AutogradJacobian, Inverse, ResidualJacobian, SuppliedJacobian
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Backward:
     """What one backward pass needs: how to solve, where to report, and the recorded evaluation.
 

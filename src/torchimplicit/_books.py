@@ -21,7 +21,7 @@ _GROWN = 10.0
 """Growth over the best residual that tells a sample on its way out from one that hovers."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Outcome:
     """What the loop found: everything but `z` and `trace` is `(B,)`.
 

@@ -25,7 +25,7 @@ from .linear import AutogradJacobian, Inverse
 from .solvers import Method
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Copies:
     """An inverse for several copies of each sample's system, copy after copy."""
 
@@ -37,7 +37,7 @@ class Copies:
         return torch.cat([self.inverse.apply(part, transposed) for part in p.chunk(self.count)])
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Equation:
     """The user's equation, and how it is solved.
 

@@ -52,7 +52,7 @@ def inert(z: Tensor, inputs: list[Tensor]) -> Tensor:
     return _Inert.apply(z, *inputs) if inputs else z  # pyright: ignore[reportReturnType]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Donors:
     """Healthy samples whose rows stand in the places of failed ones'.
 

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from ._solution import PyTree
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Layout:
     """How the leaves of a state lie in the columns of a matrix `(B, n)`.
 

@@ -20,7 +20,7 @@ _MARGIN = 0.5
 """Part of the tolerance that the linear systems aim at: what they leave out is of second order."""
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Rough:
     """Where a solve in full precision may begin.
 

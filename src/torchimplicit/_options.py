@@ -4,7 +4,7 @@ import difflib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 
@@ -25,7 +25,7 @@ def refuse_unknown(call: str, given: Iterable[str], valid: Iterable[str]) -> Non
             raise TypeError(f"{call}: unknown option {name!r}; {nearest(name, names)}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Options:
     """Base class of solvers, linear solvers and adjoints: hyper-parameters only, validated at construction.
 
@@ -38,6 +38,23 @@ class Options:
         if not torch.compiler.is_compiling():  # where the names of a class's fields are out of reach
             refuse_unknown(cls.__name__, kwargs, [f.name for f in fields(cls)])
         return super().__new__(cls)
+
+    # Written once: what `dataclass` would write anew for each of fifty classes takes most of the package's import.
+
+    def __eq__(self, other: object) -> bool:
+        if other.__class__ is not self.__class__:
+            return NotImplemented
+        return self is other or self._values() == cast("Self", other)._values()
+
+    def __hash__(self) -> int:
+        return hash(self._values())
+
+    def __repr__(self) -> str:
+        options = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if f.repr)
+        return f"{type(self).__qualname__}({options})"
+
+    def _values(self) -> tuple[Any, ...]:
+        return tuple(getattr(self, f.name) for f in fields(self) if f.compare)
 
     def _require(self, name: str, ok: bool, wanted: str) -> None:
         if not ok:

@@ -51,7 +51,7 @@ WITHOUT_GRADIENT = tuple(int(s) for s in Status if not s.has_gradient)
 """Statuses whose samples get an exactly zero gradient."""
 
 
-@dataclass
+@dataclass(eq=False)
 class AdjointReport:
     """What the backward pass found; every field is None until it has run (and is of its latest run after that).
 
@@ -68,7 +68,7 @@ class AdjointReport:
     evaluations: int | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Solution:
     """The result of `fixed_point` or `root`. Per-sample fields have the batch shape, `z.shape[:batch_dims]`.
 

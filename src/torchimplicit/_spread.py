@@ -29,7 +29,7 @@ ProcessGroup = Any
 _HEADER = 2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SpreadLayout(Layout):
     """The layout of a state whose samples are spread over a group: matrices are of all, pytrees of the own ones.
 

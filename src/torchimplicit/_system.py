@@ -107,7 +107,7 @@ def pull_in_graph(fn: Callable[..., Tensor], primals: Sequence[Tensor], cotangen
         return pull(fn, primals, cotangent)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class System:
     """`r(z, tensors) = 0` for `B` independent problems, `z` being `(B, n)`.
 

@@ -15,7 +15,7 @@ from ._system import forward_levels, transformed
 from .solvers import Method, Picard
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Unroll(Adjoint):
     """Gradients through plain steps `z ← z + damping·r(z)`, by backpropagation; memory grows with the steps.
 

@@ -66,6 +66,15 @@ def test_the_command_names_an_unknown_row_in_one_line(run: Command, tmp_path: Pa
     assert not (tmp_path / "out").exists()
 
 
+def test_the_command_refuses_a_file_for_its_folder_before_it_measures(run: Command, tmp_path: Path) -> None:
+    place = tmp_path / "out"
+    place.write_text("kept")
+    result = run("bench", "memory/steps", "--out", place)
+    assert result.exit_code == 2
+    assert result.stderr == f"error: --out: '{place}' is a file; name a folder\n"
+    assert place.read_text() == "kept"
+
+
 def test_the_list_shows_rows_and_bars(run: Command) -> None:
     text = run("bench", "--list").output
     for row in registry.ROWS:

@@ -18,7 +18,7 @@ _SPARE = 2
 """Restarts with a new shadow residual that need not have been earned by progress."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class BiCGStab(LinearSolver):
     """BiCGStab of van der Vorst (1992): two products a step, and memory for six vectors whatever the number of steps.
 

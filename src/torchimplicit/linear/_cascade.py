@@ -13,7 +13,7 @@ from ._neumann import Neumann
 from ._solver import LinearOperator, LinearSolution, LinearSolver
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Cascade(LinearSolver):
     """`Neumann` while it contracts well, then `GMRES` for the samples it leaves, then `LU` for those that GMRES leaves.
 

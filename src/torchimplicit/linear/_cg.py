@@ -10,7 +10,7 @@ from ._preconditioner import Preconditioner, require_preconditioner
 from ._solver import LinearOperator, LinearSolution, LinearSolver
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class CG(LinearSolver):
     """Conjugate gradients of Hestenes & Stiefel (1952), for symmetric positive definite matrices.
 

@@ -10,7 +10,7 @@ from ._inverse import Factors
 from ._solver import LinearOperator, LinearSolution, LinearSolver
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class DenseSolver(LinearSolver):
     """Base class: solves by the matrices themselves, those of the samples whose right-hand side is not zero."""
 

@@ -14,7 +14,7 @@ _PROGRESS = 0.9
 """A step that cuts the residual below this factor continues from the residual, else from the last basis vector."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class GMRES(LinearSolver):
     """GMRES of Saad & Schultz (1986), restarted, for every sample of a batch at once; needs only products `A p`.
 

@@ -15,7 +15,7 @@ class Inverse(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class LowRank:
     """`H = σ I + Lᵀ R`: what secant pairs make of a multiple of the identity.
 
@@ -36,7 +36,7 @@ class LowRank:
         return torch.baddbmm((self.scale[:, None] * p)[:, None], weights, left)[:, 0]
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Factors:
     """The LU factors of each sample's latest matrix, its rows scaled; the identity where there was none.
 

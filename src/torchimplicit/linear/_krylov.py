@@ -18,7 +18,7 @@ _WORTHWHILE = 8192
 """Entries `(rows, n)` from which on it pays to take rows out: below that, an operation costs the same for one row."""
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Rows:
     """The samples that a cycle works on, the first dim of every tensor here. A cycle updates them in place.
 

@@ -12,7 +12,7 @@ from ._inverse import Factors
 from ._probe import kept_signs
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class LU(DenseSolver):
     """Gaussian elimination with partial pivoting (LAPACK `getrf`/`getrs`) of every sample's matrix.
 

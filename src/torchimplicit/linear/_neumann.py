@@ -16,7 +16,7 @@ _BLOCK = 16
 """Products between two looks, at least, where each look costs two more."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Neumann(LinearSolver):
     """`x = Σₖ (I − A)ᵏ b` (Richardson's iteration with unit step), which converges where `ρ(I − A) < 1`.
 
@@ -134,7 +134,7 @@ class Neumann(LinearSolver):
         return _report(found, size, target, self.max_steps)
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class _Rows:
     """The samples that the iteration goes on with.
 
@@ -195,7 +195,7 @@ class _Rows:
         return self
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class _Found:
     """What is known of every sample: its solution `(B, n)`, its residual's norm and its steps `(B,)`."""
 

@@ -51,7 +51,7 @@ _FEW_ROWS = 8
 """Rows of a Jacobian up to which one product for each takes less time than `vmap` takes to begin."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class AutogradJacobian:
     """`J` of a function `(B, n) -> (B, m)` by automatic differentiation of one recorded evaluation.
 
@@ -159,7 +159,7 @@ class AutogradJacobian:
         return self.dense().diagonal(dim1=1, dim2=2)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class SuppliedJacobian:
     """`J` in the closed form that fn supplied, reshaped to matrices `(B, n)`."""
 
@@ -229,7 +229,7 @@ class SuppliedJacobian:
         return self.operator.diagonal().reshape(self.matrix_shape)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class PartialJacobian:
     """`J` of some samples, by their indices, where only products with the whole batch are to be had."""
 
@@ -261,7 +261,7 @@ class PartialJacobian:
         return p.new_zeros(self.batch, p.shape[1]).index_copy_(0, self.samples, p)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class ResidualJacobian:
     """`A = −∂r/∂z`, or its transpose: `I − J` for a fixed point (`shifted`), `J` for a root.
 

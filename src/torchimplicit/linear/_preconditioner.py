@@ -17,7 +17,7 @@ Preconditioner = Callable[[Any], Apply]
 """Given the operator `A`, once per solve, makes `p ↦ M⁻¹ p` with `M ≈ A`."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Jacobi(Options):
     """The diagonal of each sample's matrix as its preconditioner (Jacobi 1845), `M = diag(A)`.
 
@@ -34,7 +34,7 @@ class Jacobi(Options):
         return Diagonal(torch.where(inverse.isfinite() & (inverse != 0), inverse, 1.0))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Diagonal:
     """`p ↦ p / d`, for some samples alone if asked."""
 
@@ -49,7 +49,7 @@ class Diagonal:
         return Diagonal(self.inverse.index_select(0, samples))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Checked:
     """`p ↦ M⁻¹ p` that answers for the shape of what it returns."""
 

@@ -11,7 +11,7 @@ from ._dense import DenseSolver, condition_limit, equilibrate
 from ._probe import kept_signs
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class QR(DenseSolver):
     """`x` of least norm among those of least `‖b − A x‖`, for square matrices of any rank.
 

@@ -38,7 +38,7 @@ _SAFE = 1e12
 """Entries up to this size, and not below its inverse, can be squared and summed in every dtype."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LinearSolution:
     """What a linear solver found, per sample.
 
@@ -66,7 +66,7 @@ class LinearSolution:
     rows: Tensor | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class LinearSolver(Options, ABC):
     """Base class: solves `A x = b` for each sample of a batch, each with its own stopping and status."""
 

@@ -73,7 +73,7 @@ def resolvent_step(operator: MonotoneOperator) -> float:
     return 0.9 * (operator.margin * max(operator.norm_estimate(), operator.margin)) ** -0.5
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Splitting(LinearSolver):
     """Solves `(I − D W)ᵀ u = v` of a monotone layer by splitting it into `I − W` and `D` (Winston & Kolter 2020).
 
@@ -169,7 +169,7 @@ class Splitting(LinearSolver):
         return value, residual, steps
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class _System:
     """`(I − D W)ᵀ u = b`, or without the transpose, in the unknown y."""
 

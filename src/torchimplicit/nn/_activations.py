@@ -14,7 +14,7 @@ _NEWTON = 60
 """Steps of a safeguarded Newton iteration for one unknown at most; most entries need four."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Activation(Options, ABC):
     """Base class: `σ = prox_f` of a convex f, applied to each component (Combettes & Pesquet 2020).
 
@@ -59,7 +59,7 @@ def _preimage(activation: Activation, p: Tensor, step_size: Tensor | float) -> T
     return s
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class ReLU(Activation):
     """`max(p, 0)`: f is the indicator of the non-negative numbers, its prox the projection onto them for every α."""
 
@@ -76,7 +76,7 @@ class ReLU(Activation):
         return p.relu()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Clamp(Activation):
     """`p` clamped to an interval, a projection too: ReLU6 is `Clamp(0, 6)`, hardtanh `Clamp(-1, 1)`."""
 
@@ -101,7 +101,7 @@ class Clamp(Activation):
         return self(p)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class LeakyReLU(Activation):
     """`p` where it is positive, `negative_slope · p` elsewhere."""
 
@@ -124,7 +124,7 @@ class LeakyReLU(Activation):
         return torch.where(p > 0, p, p / (1.0 + step_size * (1.0 / self.negative_slope - 1.0)))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class SoftThreshold(Activation):
     """`sign(p) max(|p| − threshold, 0)`: f is `threshold · ‖·‖₁`, and the equilibrium a sparse code."""
 
@@ -148,7 +148,7 @@ class SoftThreshold(Activation):
         return p.sign() * (p.abs() - threshold).relu()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Tanh(Activation):
     """`tanh(p)`."""
 
@@ -161,7 +161,7 @@ class Tanh(Activation):
         return 1.0 - value * value
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Softsign(Activation):
     """`p/(1 + |p|)`."""
 
@@ -174,7 +174,7 @@ class Softsign(Activation):
         return (1.0 - value.abs()).square()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Sigmoid(Activation):
     """`1/(1 + exp(−p))`; its slopes are at most 1/4."""
 
@@ -187,7 +187,7 @@ class Sigmoid(Activation):
         return value * (1.0 - value)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Softplus(Activation):
     """`log(1 + exp(p))`, a smooth ReLU."""
 

@@ -9,7 +9,7 @@ from ..linear import MonotoneOperator
 from ._activations import Activation
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class SlopedJacobian:
     """`J = D W`, D the slopes of each sample."""
 
@@ -32,7 +32,7 @@ class SlopedJacobian:
         return self.slope.reshape(-1, len(matrix), 1) * matrix
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class SplitBatch:
     """The split form of a batch (see `solvers.SplitForm`)."""
 

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Certificate:
     """An equilibrium exists and is unique for every input, if `well_posed`; how fast it is found, what x does to it.
 

@@ -22,7 +22,7 @@ from ._tanh_jacobian import TanhJacobian
 _OPTIONS = ("solver", "adjoint", "max_steps", "on_failure", "init", "depth", "device", "dtype")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class _ReducedJacobian:
     """`J = D W` of a cell with products in another dtype; vectors in that of the slope."""
 

@@ -57,7 +57,7 @@ class RowBall(nn.Module):
         return W
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class GraphCertificate:
     """Why `Z = φ(Â Z Wᵀ + X)` has exactly one solution.
 

@@ -19,7 +19,7 @@ _PATIENCE = 12
 """Steps without a new best point after which a sample has stalled."""
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Ends:
     """How the solves of a batch ended, `(B,)` each, and where.
 

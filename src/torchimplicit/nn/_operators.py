@@ -14,7 +14,7 @@ _SMALL = 256
 """Pixels up to which a product with the matrix of the Fourier transform takes less time than FFT."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class DenseMap:
     """A matrix `V`, on the last dim: a resolvent, say."""
 
@@ -29,7 +29,7 @@ class DenseMap:
         return u @ self.matrix
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class DenseOperator:
     """`W`, `(n, n)`, on the last dim.
 
@@ -131,7 +131,7 @@ def spectrum(kernel: Tensor, size: tuple[int, int]) -> Tensor:
     return torch.fft.rfft2(centred).conj().flatten(2).permute(2, 0, 1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Waves:
     """The Fourier transform of real images of one size: by FFT, or where they are small by a matrix product.
 
@@ -181,7 +181,7 @@ class Waves:
         return out.reshape(p.shape) if right.shape[1] == right.shape[2] else out.reshape(len(p), -1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class CircularMap:
     """Products with one matrix per frequency."""
 
@@ -197,7 +197,7 @@ class CircularMap:
         return self.waves.through(u, self.right.mH)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class CircularOperator:
     """`W`, a convolution `C → C` with periodic padding, by one complex matrix per frequency.
 
@@ -267,7 +267,7 @@ class CircularOperator:
         return self.mv(torch.eye(self.unknowns, dtype=self.matrices.real.dtype, device=self.matrices.device)).mT
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Shifted:
     """`I − W`."""
 

@@ -136,7 +136,7 @@ def _inverse(matrix: Tensor) -> Tensor:
     return torch.where(usable[:, None, None], inverse, identity)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class _Corrected(Method):
     """A method that takes over from a few chord steps; the tolerance is the method's own."""
 
@@ -152,14 +152,14 @@ class _Corrected(Method):
         return Stage(_Correction(memory=self.memory), self.memory.corrections), *stages
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class _Kept:
     """`A⁻¹` of each sample, `(B, n, n)`; None until a step needs it, which none may."""
 
     inverse: Tensor | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class _Correction(Solver[_Kept]):
     """`z ← z + H r` with an H that is never changed."""
 

@@ -22,7 +22,7 @@ _OPTIONS = ("rtol", "max_steps", "on_failure")
 _DATA = {"Q": 2, "p": 1, "G": 2, "h": 1, "A": 2, "b": 1}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class QPSolution:
     """The result of a `QP`; fields have the batch shape in front.
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Program:
     """`min ½zᵀQz + pᵀz` subject to `Gz ≤ h`, `Az = b`; the batch in front: `(B, n, n)`, `(B, n)`, `(B, m, n)`, ….
 
@@ -32,7 +32,7 @@ class Program:
         return Program(*(getattr(self, f.name).detach() for f in fields(self)))
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Point:
     """A primal-dual point: `z` `(B, n)`, slack `s > 0` and multipliers `lam > 0` of `G`, multipliers `nu` of `A`."""
 

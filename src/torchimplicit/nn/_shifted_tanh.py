@@ -14,7 +14,7 @@ _PRODUCTS, _LAST = 12, 4
 """Of the power iteration, and those of them that it is judged by."""
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class ShiftedTanh:
     """`z ← z + M (tanh(W z + x) − z)` with `M = (I − c W)⁻¹`: Newton's step, with c for every slope of tanh.
 

@@ -11,7 +11,7 @@ _FEWEST = 4
 """Products below which the series is as good."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class TanhJacobian:
     """`J = D W` with `D = diag(1 − tanh²)`, one per sample; products in the batch's own shape `(B, n)`."""
 
@@ -63,7 +63,7 @@ class TanhJacobian:
         return self.slope[..., :, None] * self.weight
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class ShiftedTanhJacobian(TanhJacobian):
     """The same, whose systems are solved by the steps of `ShiftedTanh`: with the slopes less a constant.
 

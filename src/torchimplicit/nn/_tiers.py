@@ -9,7 +9,7 @@ from torch import Tensor
 from ._operators import CircularMap, CircularOperator, Shifted, power_norm
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Coupling:
     """`−2 A₂ᵀ P K`: from a tier to the next, P keeping every second pixel of each row and column.
 
@@ -36,7 +36,7 @@ class Coupling:
         return -2.0 * self.down.rmv(spread.flatten(1))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class TieredOperator:
     """W in blocks: a circular operator on the diagonal for each tier, and a coupling to the next below it.
 
@@ -106,7 +106,7 @@ class TieredOperator:
         return self.mv(torch.eye(self.unknowns, dtype=matrices.dtype, device=matrices.device)).mT
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class _TieredResolvent:
     """`(I + α (I − W))⁻¹` of a block triangular W."""
 

@@ -21,7 +21,7 @@ from ._layer import FixedPoint
 _OPTIONS = ("hidden", "attend", "solver", "adjoint", "max_steps", "on_failure", "init", "device", "dtype")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TransformerCertificate:
     """What is known of the equilibria of an `EquilibriumTransformer`, for every input.
 

@@ -21,7 +21,7 @@ _SMALL = 2**15
 """Entries of the state up to which they do in any case: to leave them out would cost more than it saves."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Anderson(Solver[History]):
     """Anderson (1965) acceleration in the multisecant form of Walker & Ni (2011), eq. 2.2 (type II).
 

@@ -14,7 +14,7 @@ _FIRST_GAIN, _GAIN = 0.25, 0.07
 first look, and after that."""
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class History:
     """Differences of the last iterates of each sample, orthonormalised, in a ring of `m` rows; empty rows are zero.
 

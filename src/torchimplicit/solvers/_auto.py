@@ -21,7 +21,7 @@ _BYTES = 2**30
 """Size up to which the Jacobians of a batch may be formed at all."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Auto(Method):
     """The default: several solvers in succession, each for the samples that those before it did not solve.
 

@@ -18,7 +18,7 @@ from ..linear import Inverse
 State = TypeVar("State")
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False, repr=False)
 class Step(Generic[State]):
     """What a step hands back to the loop.
 
@@ -39,7 +39,7 @@ class Step(Generic[State]):
     count: int = 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Stage:
     """A solver's turn in a solve: the samples that it leaves unsolved go on to the next stage.
 
@@ -60,7 +60,7 @@ class Stage:
     spread: float = 0.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Method(Options, ABC):
     """What `solver=` takes: a frozen record of hyper-parameters that holds no state.
 
@@ -106,7 +106,7 @@ class Method(Options, ABC):
         """Who steps, one after the other."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Solver(Method, Generic[State]):
     """Base class of the solvers that step: `init` and `step`."""
 

@@ -20,7 +20,7 @@ _CLOSED_EVERY = 16
 """Looks of the loop between two at whether a bracket can still be divided: few ever cannot, and none soon."""
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class _Bracket:
     """One bracket per sample, `(B, 1)` each; `f` is the residual, up to one sign for all.
 
@@ -61,7 +61,7 @@ class _Bracket:
             yield _Bracket(*rows)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class _Bracketing(Solver[_Bracket]):
     """What both have in common: a bracket whose ends differ in the sign of f, and which a trial point divides."""
 
@@ -206,7 +206,7 @@ class _Bracketing(Solver[_Bracket]):
             raise ValueError(f"{type(self).__name__}: {otherwise}.")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Bisection(_Bracketing):
     """Halve a bracket `[lower, upper]` at whose ends the residual has different signs; the slowest and surest method.
 
@@ -229,7 +229,7 @@ class Bisection(_Bracketing):
         return 0.5
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Chandrupatla(_Bracketing):
     """Divide a bracket by inverse quadratic interpolation where that is safe, else in the middle: Chandrupatla (1997).
 

@@ -19,7 +19,7 @@ _ROUNDS = 2
 """How often all pairs are replaced before a root's σ is renewed."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Broyden(Solver[Memory]):
     """Quasi-Newton steps `z ← z + H r`, `H ≈ A⁻¹` from the last secant pairs `s = Δz`, `y = −Δr` (Broyden 1965).
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..linear import LowRank
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Memory(ABC):
     """The last two points of each sample, in turn, and in a ring the differences of the last `m + 1`.
 
@@ -114,7 +114,7 @@ class Memory(ABC):
         return LowRank(self.scale, torch.where(usable, left, 0.0), torch.where(usable, right, 0.0))
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Bad(Memory):
     """For the bad update: `q = r`, pairs `[y | −w]`, and `small` is `N⁻¹` with N the upper triangle of `YᵀY`."""
 
@@ -149,7 +149,7 @@ class Bad(Memory):
         return torch.bmm(self.small.transpose(1, 2), self.left)
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Good(Memory):
     """For the good update: `q = z`, pairs `[−s | −w]`, and `small` is −N, `Nᵢⱼ = σ sᵢᵀyⱼ`, less `sᵢᵀsⱼ` for `i > j`."""
 

@@ -14,7 +14,7 @@ from ._base import Solver, Step
 from ._line_search import Search
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class _Factors:
     """The factorised Jacobian of each sample, and how well it serves.
 
@@ -33,7 +33,7 @@ class _Factors:
     norm: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Chord(Solver[_Factors]):
     """`z ← z + A₀⁻¹ r` with the Jacobian of an earlier iterate (simplified Newton; Kelley 1995, §5.4).
 

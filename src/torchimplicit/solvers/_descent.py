@@ -13,7 +13,7 @@ _ARMIJO = 1e-4
 _HALVINGS = 30
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Descent:
     """Where a search has led.
 

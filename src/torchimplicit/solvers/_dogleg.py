@@ -17,7 +17,7 @@ _RANK = 100.0
 """Rounding units, relative to the largest pivot, below which a pivot counts as zero."""
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class _Region:
     """The trust region of each sample.
 
@@ -32,7 +32,7 @@ class _Region:
     norm: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Dogleg(Solver[_Region]):
     """Powell's hybrid method (1970): within a trust region, from steepest descent to Newton's step along a dogleg.
 

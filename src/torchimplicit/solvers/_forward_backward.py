@@ -16,7 +16,7 @@ _WAIT = 25
 _ENOUGH = 0.9
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class _State:
     """The form, `W z + c` `(B, n)`; and per sample, `(B,)`: α, the residual that counts as progress, steps since."""
 
@@ -27,7 +27,7 @@ class _State:
     since: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class ForwardBackward(Solver[_State]):
     """`z ← prox_{αf}((1 − α) z + α (W z + c))` for `z = prox_f(W z + c)` (Winston & Kolter 2020, algorithm 1).
 

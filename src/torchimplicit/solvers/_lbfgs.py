@@ -14,7 +14,7 @@ from ._base import Solver, Step
 from ._descent import descend, objective
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class _Pairs:
     """The last steps and changes of the gradient of each sample, the oldest first; unused rows are zero.
 
@@ -31,7 +31,7 @@ class _Pairs:
     scale: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class LBFGS(Solver[_Pairs]):
     """Quasi-Newton minimisation (Liu & Nocedal 1989): the two-loop recursion over the last `history` pairs.
 

@@ -15,7 +15,7 @@ from ._normal_equations import MatrixFreeModel, damped_by_conjugate_gradients
 from ._trust_region import DenseModel, attempt
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class _Damping:
     """The damping of each sample.
 
@@ -32,7 +32,7 @@ class _Damping:
     norm: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class LevenbergMarquardt(Solver[_Damping]):
     """`min ‖t − A y‖² + λ‖y‖²` for a step `y = D Δz` (Levenberg 1944, Marquardt 1963), λ by Nielsen's rule (1999).
 

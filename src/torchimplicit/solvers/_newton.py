@@ -20,7 +20,7 @@ _LONGEST_WAIT = 16
 _WARMUP = Picard(extrapolate_every=12)
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class _Progress:
     """What the next step needs to know of each sample, `(B,)` each.
 
@@ -45,7 +45,7 @@ class _Progress:
     before: Extrapolation | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class _NewtonSteps(Solver[_Progress]):
     """What `Newton` and `NewtonKrylov` share: a linear solve per step, and the search along its direction."""
 
@@ -161,7 +161,7 @@ class _NewtonSteps(Solver[_Progress]):
         return _Progress(search.norm, eta, wait, pause, state.nobody, 0, state.factors)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Newton(_NewtonSteps):
     """`z ← z + t A⁻¹ r` with `A = −∂r/∂z`, with step control for each sample.
 
@@ -188,7 +188,7 @@ class Newton(_NewtonSteps):
         return self.linear_solver or LU()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class NewtonKrylov(_NewtonSteps):
     """Newton's method without matrices: each step is solved by a Krylov method, from products `A p` alone.
 

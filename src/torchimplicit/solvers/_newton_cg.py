@@ -15,7 +15,7 @@ from ._base import Solver, Step
 from ._descent import descend, objective
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class NewtonCG(Solver[None]):
     """Truncated Newton minimisation (Dembo & Steihaug 1983; Nocedal & Wright 2006, algorithm 7.1).
 

@@ -15,7 +15,7 @@ _FORCING = 0.1
 _PROBES = 3
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class MatrixFreeModel(Model):
     """The model with A known through its products.
 

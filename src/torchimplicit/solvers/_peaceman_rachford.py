@@ -20,7 +20,7 @@ _PATIENCE = 100
 """Steps without a better residual after which the safe step size takes over."""
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class _State:
     """The form, its resolvent and the step size, which are all samples' together; and u, `(B, n)`."""
 
@@ -34,7 +34,7 @@ class _State:
         return _State(self.form.select(samples), self.resolvent, self.step_size, self.u.index_select(0, samples))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class PeacemanRachford(Solver[_State]):
     """Reflected resolvents of the two parts of `z = prox_f(W z + c)` in turn (Winston & Kolter 2020, algorithm 2).
 

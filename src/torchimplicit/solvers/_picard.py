@@ -14,7 +14,7 @@ _LONGEST, _SHORTEST = -50.0, 0.5
 """Bounds of an extrapolation: those of contractions by a factor between 0.98 and -1."""
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class _Damping:
     """The damping of each sample, `(B,)`, its best residual norm, and the steps since that."""
 
@@ -23,7 +23,7 @@ class _Damping:
     since: Tensor
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Extrapolation:
     """What the last extrapolation began with, and what the next one needs.
 
@@ -50,7 +50,7 @@ class Extrapolation:
 _State = _Damping | Extrapolation | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Picard(Solver[_State]):
     """`z ← z + damping·r(z)`: with `damping=1`, `z ← fn(z)` for a fixed point (Picard 1890, Banach 1922).
 

@@ -14,7 +14,7 @@ _FALL = 0.99
 """Factor by which a residual falls from look to look where the steps contract at all."""
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class _State:
     """What the residual's norm is to be below, and the samples that take plain steps, `(B,)` both; None for none."""
 
@@ -22,7 +22,7 @@ class _State:
     plain: Tensor | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class PreconditionedPicard(Solver[_State]):
     """`z ← z + M r(z)` with a matrix `M ≈ A⁻¹` that the cell makes of its parameters alone, once for each solve.
 

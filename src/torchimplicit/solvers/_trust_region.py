@@ -50,7 +50,7 @@ class Model(ABC):
         return two(gradient) <= 16 * torch.finfo(target.dtype).eps * self.size() * two(target)
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class DenseModel(Model):
     """The model with A as a matrix, `(B, m, n)`.
 
@@ -90,7 +90,7 @@ class DenseModel(Model):
         return DenseModel(*(t.index_select(0, samples) for t in (self.matrix, self.scale, self.usable)))
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Trial:
     """A step tried: where it leads, and how much of the promised fall of `‖t‖²` it kept.
 

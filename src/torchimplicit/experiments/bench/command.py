@@ -12,6 +12,7 @@ from rich.table import Table
 from torchimplicit.experiments.bench import plots, registry, report, results, runner
 from torchimplicit.experiments.bench.results import Record
 from torchimplicit.experiments.bench.row import Settings
+from torchimplicit.experiments.errors import ExperimentError
 from torchimplicit.experiments.files import write_atomically
 
 COLOURS = {"met": "green", "MISSED": "red", "NOT VERIFIED": "red", "FAILED": "red"}
@@ -50,6 +51,8 @@ def show_rows(patterns: Sequence[str], console: Console) -> None:
 def run(order: Order, console: Console) -> bool:
     """Measure the rows that were asked for and write everything anew after each; returns whether none was missed."""
     rows = registry.select(order.patterns)
+    if order.out.exists() and not order.out.is_dir():  # said before hours of measuring
+        raise ExperimentError(f"--out: '{order.out}' is a file; name a folder")
     records = results.read(order.out / results.RESULTS)
     fresh: dict[str, Record] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
