@@ -51,7 +51,7 @@ WITHOUT_GRADIENT = tuple(int(s) for s in Status if not s.has_gradient)
 """Statuses whose samples get an exactly zero gradient."""
 
 
-@dataclass(eq=False)
+@dataclass
 class AdjointReport:
     """What the backward pass found; every field is None until it has run (and is of its latest run after that).
 
