@@ -150,25 +150,38 @@ class _Implicit(nn.Module):
         else:
             if memory is not None:
                 z0, solver = memory.begin(z0, solver)
-            solution = run(
-                self._kind,
-                cell,
-                z0,
-                given,
-                solver=solver,
-                adjoint=self.adjoint,
-                batch_dims=batch_dims,
-                max_steps=self.max_steps,
-                on_failure=self.on_failure,
-                trace=trace,
-                verbose=False,
-                process_group=self.process_group,
-                label=label,
-            )
+            solution = self._run(cell, z0, given, solver, batch_dims, trace, label)
             if memory is not None:
                 memory.keep(solution)
         record(self, solution)
         return solution
+
+    def _run(
+        self,
+        cell: Callable[..., PyTree],
+        z0: PyTree,
+        given: tuple[PyTree, ...],
+        solver: Method | None,
+        batch_dims: int,
+        trace: bool,
+        label: str,
+    ) -> Solution:
+        """The solve itself, of which all is settled."""
+        return run(
+            self._kind,
+            cell,
+            z0,
+            given,
+            solver=solver,
+            adjoint=self.adjoint,
+            batch_dims=batch_dims,
+            max_steps=self.max_steps,
+            on_failure=self.on_failure,
+            trace=trace,
+            verbose=False,
+            process_group=self.process_group,
+            label=label,
+        )
 
     def extra_repr(self) -> str:
         """The options."""

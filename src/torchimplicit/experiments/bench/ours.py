@@ -36,6 +36,13 @@ SOLVERS: dict[str, MakeMethod] = {
     "broyden": lambda rtol: ti.Broyden(rtol=rtol),
     "auto": lambda rtol: ti.Auto(rtol=rtol),
 }
+COMPILED: dict[str, MakeMethod] = {
+    f"picard, extrapolated every {every}th step": lambda rtol, every=every: ti.Picard(
+        rtol=rtol, check_every=every, extrapolate_every=every
+    )
+    for every in (8, 10, 12, 16)
+}
+"""Solvers of compiled loops."""
 MIXED = Cascade(neumann=ti.Neumann(slowest=0.97, mixed_precision=True))
 SELDOM = Cascade(neumann=ti.Neumann(slowest=0.93, first_look=20, look_every=20))
 ADJOINTS: dict[str, MakeAdjoint] = {
@@ -118,23 +125,34 @@ def _runner(problem: Problem, solver: Method, adjoint: ti.Implicit) -> Runner:
     )
 
 
-def layers(problem: Problem) -> tuple[Contender, ...]:
-    """`TanhEquilibrium`, which knows its Jacobian, with each solver that may be the quickest; for tanh cells only."""
+def layers(problem: Problem, compiled: bool = False) -> tuple[Contender, ...]:
+    """`TanhEquilibrium`, which knows its Jacobian, with each solver that may be the quickest; for tanh cells only.
+
+    Args:
+        problem: with the cell.
+        compiled: whether the loops may be compiled: against peers that are.
+    """
     if not isinstance(problem.cell, TanhCell):
         return ()
     quick = [name for name in SOLVERS if name.startswith(("picard, ", "preconditioned"))]
     pairs = [(name, "implicit, mixed precision" if "mixed" in name else "implicit") for name in quick]
     pairs += _seldom(problem)
-    return tuple(_layer(problem, solver, adjoint) for solver, adjoint in pairs)
+    plain = [_layer(problem, solver, adjoint) for solver, adjoint in pairs]
+    if not compiled or problem.x.numel() > _CHEAP:
+        return tuple(plain)
+    return (*plain, *(_layer(problem, solver, "implicit", compiled=True) for solver in COMPILED))
 
 
-def _layer(problem: Problem, solver: str, adjoint: str) -> Contender:
+def _layer(problem: Problem, solver: str, adjoint: str, compiled: bool = False) -> Contender:
+    methods = COMPILED if compiled else SOLVERS
+
     def make(forward: float, backward: float, _: Counts | None) -> Runner:
         layer = ti.nn.TanhEquilibrium(
             problem.x.shape[1],
-            solver=SOLVERS[solver](forward),
+            solver=methods[solver](forward),
             adjoint=ADJOINTS[adjoint](backward),
             on_failure="ignore",
+            compiled=compiled,
         )
         layer.linear.weight = problem.cell.weight
         return torch_runner(
@@ -144,7 +162,8 @@ def _layer(problem: Problem, solver: str, adjoint: str) -> Contender:
             {"solver": repr(layer.solver)},
         )
 
-    return Contender(f"TanhEquilibrium: {solver}; {adjoint}", make)
+    name = "TanhEquilibrium(compiled=True)" if compiled else "TanhEquilibrium"
+    return Contender(f"{name}: {solver}; {adjoint}", make)
 
 
 def _tensor(solution: ti.Solution) -> Tensor:

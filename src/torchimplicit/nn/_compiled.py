@@ -1,0 +1,423 @@
+"""`TanhEquilibrium(compiled=True)`: forward and backward pass as one compiled loop each, where everything goes well.
+
+What a loop does not solve, or may not be used for, is left to the engine that every other layer has: samples that do not
+converge, gradients of gradients, transforms, other solvers and adjoints.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from types import CodeType, FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .._adjoint import Adjoint, Implicit
+from .._call import run
+from .._eagerly import eagerly
+from .._profile import span
+from .._report import OnFailure, call_site, report_failures, undetected
+from .._solution import AdjointReport, Solution, Status
+from .._system import batched, transformed
+from .._tolerance import default_rtol, least_rtol
+from ..linear import Cascade, Neumann
+from ..solvers import Method, Newton, NewtonKrylov, Picard, PreconditionedPicard
+from ._compiled_loops import Form, Found, Pace, gradient, solution
+from ._shifted_tanh import shifted_tanh
+
+_BLOCK = 8
+"""Steps from one look to the next where the solver does not say."""
+_PRECONDITIONED = 256
+"""Unknowns up to which steps are preconditioned where the solver does not say (as those of `Auto`)."""
+_WARMUP = 12
+"""The same for the plain steps before Newton's."""
+_LONGEST = 32
+"""Steps of a block at most: each of them is compiled for itself."""
+_ADJOINT_STEPS, _ADJOINT_PATIENCE, _ADJOINT_PROGRESS = 500, 48, 0.7
+"""Products of the adjoint solve at most; and in so many the residual must have fallen by this factor."""
+_OPTIONS: Any = {
+    "cpp_wrapper": True,
+    "size_asserts": False,
+    "cpp.enable_floating_point_contract_flag": "fast",
+}
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What the loops do in the place of a solver and an adjoint.
+
+    Attributes:
+        forward: the steps of the solve.
+        backward: those of the adjoint.
+        max_steps: of the solve, a multiple of a block.
+        unit: of the residual's norm.
+        limits: as `solution` takes them.
+        rtol: as `gradient` does.
+        products: of the adjoint at most.
+        rest: who solves what the loop leaves.
+        resumes: whether where the loop left it, and not at the start.
+        preconditioned: whether the steps are those of `PreconditionedPicard`.
+    """
+
+    forward: Pace
+    backward: Pace
+    max_steps: Tensor
+    unit: float
+    limits: Tensor
+    rtol: Tensor
+    products: Tensor
+    rest: Method | None
+    resumes: bool
+    preconditioned: bool
+
+
+@lru_cache(maxsize=64)
+def _plan(solver: Method | None, adjoint: Adjoint | None, max_steps: int | None, n: int, dtype: torch.dtype) -> Any:
+    """The plan for a solver and an adjoint, or None if there is none: these are not solved in a loop of their own."""
+    adjoint = Implicit() if adjoint is None else adjoint
+    if not isinstance(adjoint, Implicit) or adjoint.reuse or adjoint.warm_start is not None:
+        return None
+    linear = adjoint.linear_solver or Cascade()
+    series = linear.neumann if isinstance(linear, Cascade) else linear
+    if not isinstance(series, Neumann) or series.mixed_precision:
+        return None
+    rest, resumes, preconditioned = solver, False, False
+    if solver is None:
+        block, extrapolate, most = _BLOCK, True, Picard.max_steps
+        solver, preconditioned = Picard(), n <= _PRECONDITIONED
+    elif type(solver) is PreconditionedPicard:
+        block, extrapolate, most, preconditioned = solver.check_every, False, solver.max_steps, True
+    elif type(solver) is Picard and solver.damping == 1.0 and solver.damping_patience is None:
+        extrapolate, most = solver.extrapolate_every is not None, solver.max_steps
+        block = solver.check_every if solver.extrapolate_every is None else solver.extrapolate_every
+    elif isinstance(solver, Newton | NewtonKrylov) and solver.warmup >= _WARMUP and solver.max_backtracks:
+        block, extrapolate, most = _WARMUP, True, solver.warmup
+        rest, resumes = replace(solver, warmup=0), True
+    else:
+        return None
+    steps = most if max_steps is None else min(most, max_steps)
+    steps -= steps % block
+    if solver.mixed_precision or solver.norm not in ("rms", "two") or block > _LONGEST or not steps:
+        return None
+    look = min(series.look_every, _LONGEST)
+    if (extrapolate and block < 2) or look < 3:
+        return None
+    if resumes and max_steps is not None:
+        return None  # how many are left for Newton's steps is another number each time
+    eps = torch.finfo(dtype).eps
+    unit = n**-0.5 if solver.norm == "rms" else 1.0
+    rtol = default_rtol("fixed_point", eps) if solver.rtol is None else solver.rtol
+    rtol = max(rtol, least_rtol(eps)) if rtol else 0.0
+    atol = 0.0 if solver.atol is None else solver.atol / unit
+    above = 1 + 4 * eps
+    limits = torch.tensor([rtol, atol * above, eps * above if solver.atol is None else 0.0], dtype=dtype)
+    backward_rtol = max(eps ** (2 / 3) if adjoint.rtol is None else adjoint.rtol, 4 * eps)
+    return _Plan(
+        forward=Pace(block, extrapolate, solver.patience, solver.progress),
+        backward=Pace(look, True, _ADJOINT_PATIENCE, _ADJOINT_PROGRESS),
+        max_steps=torch.tensor(steps),
+        unit=unit,
+        limits=limits,
+        rtol=torch.tensor(backward_rtol, dtype=dtype),
+        products=torch.tensor(min(_ADJOINT_STEPS, series.max_steps)),
+        rest=rest,
+        resumes=resumes,
+        preconditioned=preconditioned,
+    )
+
+
+class _Compiled:
+    """A function compiled for any number of samples, but for every size and dtype by itself, when it is first called.
+
+    Args:
+        function: of tensors, and at last of what is constant.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+        self._ready: dict[Any, Callable[..., Any]] = {}
+
+    def __call__(self, key: Any, samples: tuple[int, ...], *args: Any) -> Any:
+        """The function's value.
+
+        Args:
+            key: what is constant: of another one another function is compiled.
+            samples: which of the arguments are `(B, …)`.
+            args: of the function.
+
+        Raises:
+            RuntimeError: there is no compiler, or it fails.
+        """
+        function = self._ready.get(key)
+        if function is not None:
+            return function(*args)
+        function = torch.compile(_another(self._function), fullgraph=True, options=_OPTIONS)
+        for place in samples:
+            torch._dynamo.mark_dynamic(args[place], 0)
+        try:
+            found = function(*args)
+        except Exception as error:
+            raise RuntimeError(
+                "TanhEquilibrium(compiled=True): the loop could not be compiled, which takes a C++ compiler that "
+                f"torch.compile can use; leave compiled=True out. ({type(error).__name__}: {error})"
+            ) from error
+        self._ready[key] = function
+        return found
+
+
+def _another(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function with code of its own: Dynamo compiles each code but so many times."""
+    assert isinstance(function, FunctionType)
+    code: CodeType = function.__code__.replace()
+    return FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
+
+
+_solution, _gradient = _Compiled(solution), _Compiled(gradient)
+
+
+def at_once(
+    weight: Tensor,
+    x: Any,
+    start: Any,
+    cell: Callable[[Tensor, Tensor], Tensor],
+    *,
+    solver: Method | None,
+    adjoint: Adjoint | None,
+    max_steps: int | None,
+    on_failure: OnFailure,
+    label: str,
+) -> Solution | None:
+    """The solution of `z = tanh(W z + x)` by a compiled loop; None where that may not be, and the call is as any other.
+
+    Args:
+        weight: W, with its graph.
+        x: `(..., n)`.
+        start: z0.
+        cell: the layer's own, for what the loop leaves.
+        solver: as the layer has it, like what follows.
+        adjoint: of the layer.
+        max_steps: of the layer.
+        on_failure: of the layer.
+        label: for profilers.
+    """
+    if not _plain(weight, x, start):
+        return None
+    n = weight.shape[0]
+    plan: _Plan | None = _plan(solver, adjoint, max_steps, n, x.dtype)
+    if plan is None:
+        return None
+    shape = x.shape
+    if x.ndim != 2:
+        x, start = x.reshape(-1, n), start.reshape(-1, n)
+    if len(x) < 2:
+        return None
+    with span(label, "forward solve"), torch.no_grad(), undetected():
+        args = weight.detach(), x.detach(), start.detach()
+        form = _form(args[0]) if plan.preconditioned else None
+        key = n, x.dtype, plan.forward, form is None
+        found: Found = _solution(key, (1, 2), *args, plan.limits, plan.max_steps, form, plan.forward)
+        evaluations, clean = _evaluations(found, form), bool(found.done.all())
+        z, value = found.z, found.value
+        residual, steps = found.norm * plan.unit, found.steps
+        if clean:
+            status, converged = torch.zeros_like(steps), found.done
+        else:
+            rest = _finish(plan, found, args, cell, max_steps)
+            z, residual, status, converged = rest.value, rest.residual, rest.status, rest.converged
+            steps = torch.where(found.done | plan.resumes, steps + rest.steps, rest.steps)
+            evaluations += rest.evaluations + 1
+            value = cell(z, args[1])
+    report = AdjointReport()
+    if torch.is_grad_enabled() and (weight.requires_grad or x.requires_grad):
+        implicit = Implicit() if adjoint is None else adjoint
+        assert isinstance(implicit, Implicit)
+        dead = None
+        if not clean:
+            without = implicit.without_gradient(status)
+            dead = without if bool(without.any()) else None
+        backward = _Backward(implicit, plan, form, status, dead, report, on_failure, call_site(), label, shape[:-1])
+        z = _Attach.apply(backward, weight, x, z, value)
+    batch = shape[:-1]
+    if x.shape != shape:
+        z = z.reshape(shape)
+        status, converged, residual, steps = (t.reshape(batch) for t in (status, converged, residual, steps))
+    out = Solution(z, status, converged, residual, steps, evaluations, None, report)
+    if not clean and not bool(converged.all()):
+        report_failures("fixed_point", status, on_failure, out)
+    return out
+
+
+def _form(weight: Tensor) -> Form:
+    """`Pᵀ` and c for these weights; None where there are none."""
+    form = shifted_tanh(weight)
+    return None if form is None else (form.product, torch.tensor(form.shift, dtype=weight.dtype))
+
+
+def _evaluations(found: Found, form: Form) -> int:
+    """Products with W or P, each for the whole batch: of the steps, and of the looks where they take one of their own."""
+    return 1 + int(found.taken) + (0 if form is None else int(found.looks))
+
+
+def _plain(weight: Tensor, x: Any, start: Any) -> bool:
+    """Whether these are tensors of this machine's processor in its own precision, with nothing in between."""
+    kinds = (Tensor, torch.nn.Parameter)
+    if type(weight) not in kinds or type(x) not in kinds or type(start) not in kinds:
+        return False
+    if not (weight.dtype == x.dtype == start.dtype and x.dtype in (torch.float32, torch.float64)):
+        return False
+    if x.shape != start.shape or weight.ndim != 2 or not weight.shape[0] == weight.shape[1] == x.shape[-1]:
+        return False
+    if any(t.device.type != "cpu" or t.layout != torch.strided or t.is_inference() for t in (weight, x, start)):
+        return False
+    if torch.is_autocast_enabled("cpu") or torch.is_inference_mode_enabled() or start.requires_grad:
+        return False
+    if transformed() or forward_ad._current_level >= 0 or torch.compiler.is_compiling():
+        return False
+    return not (torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack())
+
+
+def _finish(
+    plan: _Plan,
+    found: Found,
+    args: tuple[Tensor, Tensor, Tensor],
+    cell: Callable[[Tensor, Tensor], Tensor],
+    max_steps: int | None,
+) -> Solution:
+    """The samples that the loop left, by the solver itself, from the start or from where they are; the others stay."""
+    _, x, start = args
+    if plan.resumes:
+        # What is not finite begins anew.
+        start = torch.where(found.z.isfinite().all(dim=1, keepdim=True), found.z, start)
+    start = torch.where(found.done[:, None], found.z, start)
+    return run(
+        "fixed_point",
+        cell,
+        start,
+        (x,),
+        solver=plan.rest,
+        adjoint=None,
+        batch_dims=1,
+        max_steps=max_steps,
+        on_failure="ignore",
+        trace=False,
+        verbose=False,
+    )
+
+
+@dataclass(eq=False, repr=False)
+class _Backward:
+    """What a backward pass needs beside tensors.
+
+    Attributes:
+        adjoint: of the layer.
+        plan: of the loops.
+        form: of their steps.
+        status: `(B,)`, how the solve ended.
+        dead: `(B,)` bool, the samples without a gradient; None if there are none.
+        report: to be filled.
+        on_failure: what becomes of failures.
+        site: whom to blame for them.
+        label: for profilers.
+        batch: shape of the batch.
+    """
+
+    adjoint: Implicit
+    plan: _Plan
+    form: Form
+    status: Tensor
+    dead: Tensor | None
+    report: AdjointReport
+    on_failure: OnFailure
+    site: tuple[str, int]
+    label: str
+    batch: torch.Size
+
+    def quickly(self, weight: Tensor, z: Tensor, value: Tensor, v: Tensor, of_weight: bool) -> Any:
+        """The gradients of W and x by the compiled loop; None where it does not converge."""
+        plan = self.plan
+        if self.dead is not None:
+            v = torch.where(self.dead[:, None], 0.0, v)
+        key = v.shape[1], v.dtype, plan.backward, self.form is None, of_weight
+        with span(self.label, "adjoint solve"):
+            found, of_x, of_w = _gradient(
+                key, (1, 2, 3), weight, z, value, v, plan.rtol, plan.products, self.form, plan.backward, of_weight
+            )
+            if not bool(found.done.all()):
+                return None
+        tiny = torch.finfo(v.dtype).tiny
+        relative = found.norm / torch.linalg.vector_norm(v, dim=1).clamp_min(tiny)
+        status = torch.zeros_like(found.steps)
+        if self.dead is not None:
+            status = torch.where(self.dead, self.status, status)
+        self._note(status, relative, found.steps, _evaluations(found, self.form))
+        return of_w, of_x
+
+    def thoroughly(self, weight: Tensor, x: Tensor, z: Tensor, v: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients by the engine of all layers, with a graph of their own where one is wanted."""
+        graph = torch.is_grad_enabled()
+        if self.dead is not None:
+            v = torch.where(self.dead[:, None], 0.0, v)
+        with torch.enable_grad():
+            if not graph:
+                weight, x = weight.detach().requires_grad_(), x.detach().requires_grad_()
+            adjoint = replace(self.adjoint, unconverged="linearize")
+            again = run(
+                "fixed_point",
+                _cell,
+                z.detach(),
+                (x, weight),
+                solver=Picard(),
+                adjoint=adjoint,
+                batch_dims=1,
+                max_steps=0,
+                on_failure="ignore",
+                trace=False,
+                verbose=False,
+            )
+            wanted = [t for t in (weight, x) if t.requires_grad]
+            grads = iter(torch.autograd.grad(again.value, wanted, v, create_graph=graph))
+        found = again.adjoint
+        if found.status is not None and found.residual is not None and found.steps is not None:
+            status = found.status if self.dead is None else torch.where(self.dead, self.status, found.status)
+            self._note(status, found.residual, found.steps, found.evaluations)
+            if bool((found.status != int(Status.CONVERGED)).any()):
+                what = "backward of fixed_point (the gradient of these samples is zero)"
+                report_failures(what, found.status, self.on_failure, site=self.site)
+        return tuple(next(grads) if t.requires_grad else None for t in (weight, x))
+
+    def _note(self, status: Tensor, residual: Tensor, steps: Tensor, evaluations: int | None) -> None:
+        shaped = len(self.batch) != 1
+        parts = [t.reshape(self.batch) if shaped else t for t in (status, residual, steps)]
+        self.report.status, self.report.residual, self.report.steps = parts
+        self.report.evaluations = evaluations
+
+
+class _Attach(torch.autograd.Function):
+    """The solution, with the implicit function theorem as its derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, backward: _Backward, weight: Tensor, x: Tensor, z: Tensor, value: Tensor) -> Tensor:
+        ctx.of = backward
+        out = z.view_as(z)
+        ctx.save_for_backward(weight, x, out, value)
+        return out
+
+    @staticmethod
+    @eagerly
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        of: _Backward = ctx.of
+        weight, x, z, value = ctx.saved_tensors
+        (v,) = grads
+        with undetected():
+            if not torch.is_grad_enabled() and not batched(v):
+                found = of.quickly(weight, z, value, v, ctx.needs_input_grad[1])
+                if found is not None:
+                    return None, *found, None, None
+            return None, *of.thoroughly(weight, x, z, v), None, None
+
+
+def _cell(z: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    return torch.tanh(torch.addmm(x, z, weight.t()))
