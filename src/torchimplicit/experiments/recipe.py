@@ -83,10 +83,11 @@ def make_model(
     max_steps: int | None = None,
     features: int = 100,
     precision: str = "float32",
+    compiled: bool = False,
 ) -> nn.Sequential:
     """Flatten, Linear(784, features), the layer, Linear(features, 10): images `(B, 28, 28)` to logits.
 
-    The same seed gives the same initial weights whatever `layer` is.
+    The same seed gives the same initial weights whatever `layer` is; `compiled` is the layer's.
     """
     check_layer(layer)
     first = nn.Linear(PIXELS, features)
@@ -100,6 +101,7 @@ def make_model(
             adjoint=_make_adjoint(precision),
             max_steps=max_steps,
             on_failure="ignore",  # the job counts and reports failures itself, batch by batch
+            compiled=compiled,
         )
     return nn.Sequential(nn.Flatten(), first, middle, nn.Linear(features, CLASSES))
 

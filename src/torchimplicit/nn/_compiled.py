@@ -1,10 +1,9 @@
 """`TanhEquilibrium(compiled=True)`: forward and backward pass as one compiled loop each, where everything goes well.
 
-What a loop does not solve, or may not be used for, is left to the engine that every other layer has: samples that do not
-converge, gradients of gradients, transforms, other solvers and adjoints.
+What a loop does not solve, or may not be used for, is left to the engine that every other layer has: samples that do
+not converge, gradients of gradients, transforms, other solvers and adjoints.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -222,14 +221,16 @@ def at_once(
         evaluations, clean = _evaluations(found, form), bool(found.done.all())
         z, value = found.z, found.value
         residual, steps = found.norm * plan.unit, found.steps
-        if clean:
-            status, converged = torch.zeros_like(steps), found.done
-        else:
-            rest = _finish(plan, found, args, cell, max_steps)
-            z, residual, status, converged = rest.value, rest.residual, rest.status, rest.converged
-            steps = torch.where(found.done | plan.resumes, steps + rest.steps, rest.steps)
+        status, converged = torch.zeros_like(steps), found.done
+        if not clean:
+            left = (~found.done).nonzero()[:, 0]
+            rest, reached = _finish(plan, found, args, left, cell, max_steps)
+            z, value = z.index_copy(0, left, rest.value), value.index_copy(0, left, reached)
+            status, residual = status.index_copy(0, left, rest.status), residual.index_copy(0, left, rest.residual)
+            before = steps.index_select(0, left) if plan.resumes else 0
+            steps = steps.index_copy(0, left, before + rest.steps)
+            converged = status == int(Status.CONVERGED)
             evaluations += rest.evaluations + 1
-            value = cell(z, args[1])
     report = AdjointReport()
     if torch.is_grad_enabled() and (weight.requires_grad or x.requires_grad):
         implicit = Implicit() if adjoint is None else adjoint
@@ -257,7 +258,7 @@ def _form(weight: Tensor) -> Form:
 
 
 def _evaluations(found: Found, form: Form) -> int:
-    """Products with W or P, each for the whole batch: of the steps, and of the looks where they take one of their own."""
+    """Products with W or P, for the whole batch each: of the steps, and of the looks where these take their own."""
     return 1 + int(found.taken) + (0 if form is None else int(found.looks))
 
 
@@ -283,16 +284,19 @@ def _finish(
     plan: _Plan,
     found: Found,
     args: tuple[Tensor, Tensor, Tensor],
+    left: Tensor,
     cell: Callable[[Tensor, Tensor], Tensor],
     max_steps: int | None,
-) -> Solution:
-    """The samples that the loop left, by the solver itself, from the start or from where they are; the others stay."""
-    _, x, start = args
+) -> tuple[Solution, Tensor]:
+    """The samples that the loop left, by the solver itself, and the cell's value there.
+
+    They begin at the start, or where they are if the loop is the beginning of the solver's own way.
+    """
+    _, x, start = (t.index_select(0, left) if i else t for i, t in enumerate(args))
     if plan.resumes:
-        # What is not finite begins anew.
-        start = torch.where(found.z.isfinite().all(dim=1, keepdim=True), found.z, start)
-    start = torch.where(found.done[:, None], found.z, start)
-    return run(
+        reached = found.z.index_select(0, left)
+        start = torch.where(reached.isfinite().all(dim=1, keepdim=True), reached, start)
+    rest = run(
         "fixed_point",
         cell,
         start,
@@ -305,6 +309,7 @@ def _finish(
         trace=False,
         verbose=False,
     )
+    return rest, cell(rest.value, x)
 
 
 @dataclass(eq=False, repr=False)
@@ -342,8 +347,9 @@ class _Backward:
             v = torch.where(self.dead[:, None], 0.0, v)
         key = v.shape[1], v.dtype, plan.backward, self.form is None, of_weight
         with span(self.label, "adjoint solve"):
+            tensors = weight.detach(), z.detach(), value, v.detach()
             found, of_x, of_w = _gradient(
-                key, (1, 2, 3), weight, z, value, v, plan.rtol, plan.products, self.form, plan.backward, of_weight
+                key, (1, 2, 3), *tensors, plan.rtol, plan.products, self.form, plan.backward, of_weight
             )
             if not bool(found.done.all()):
                 return None
@@ -361,8 +367,6 @@ class _Backward:
         if self.dead is not None:
             v = torch.where(self.dead[:, None], 0.0, v)
         with torch.enable_grad():
-            if not graph:
-                weight, x = weight.detach().requires_grad_(), x.detach().requires_grad_()
             adjoint = replace(self.adjoint, unconverged="linearize")
             again = run(
                 "fixed_point",

@@ -1,7 +1,7 @@
 """A whole solve of `z = tanh(W z + x)`, and a whole adjoint solve, as one loop each, to be compiled.
 
 The decisions are those of `_books`, `_tolerance` and `Neumann` for what usually happens: steps until every sample has
-converged. What else may happen is not decided here: such a sample is given up, and left to the loop that knows everything.
+converged. What else may happen is not decided here: such a sample is given up, and left to the loop that knows all.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Blocks of steps of a compiled loop: plain ones, extrapolated, or those of `ShiftedTanh`; forward, and for the adjoint."""
+"""Blocks of steps of a compiled loop: plain ones, extrapolated, or those of `ShiftedTanh` and of its adjoint."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable

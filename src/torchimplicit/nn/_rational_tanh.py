@@ -1,4 +1,4 @@
-"""tanh as a quotient of polynomials, for compiled loops: Inductor's own tanh takes longer than the product beside it."""
+"""tanh as a quotient of polynomials, for compiled loops: Inductor's own takes longer than the product beside it."""
 
 import torch
 from torch import Tensor

@@ -1,0 +1,323 @@
+"""`TanhEquilibrium(compiled=True)`: what it returns is what the layer returns without, whatever becomes of a sample."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+
+import torchimplicit as ti
+from torchimplicit import Status
+from torchimplicit.nn import _compiled
+from torchimplicit.nn._rational_tanh import ERROR, tanh
+
+# torch's compiler imports what torch has deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+N = 20
+PLAIN = ti.Picard(check_every=8, rtol=1e-11, atol=0.0)
+EXACT = ti.Implicit(rtol=1e-12)
+
+
+def make(radius: float = 0.7, dtype: torch.dtype = torch.float64, **options: object) -> ti.nn.TanhEquilibrium:
+    torch.manual_seed(0)
+    weight = torch.randn(N, N, dtype=torch.float64)
+    weight = radius * weight / torch.linalg.eigvals(weight).abs().max()
+    options.setdefault("compiled", True)
+    layer = ti.nn.TanhEquilibrium(N, dtype=dtype, **options)  # pyright: ignore[reportArgumentType]
+    with torch.no_grad():
+        layer.linear.weight.copy_(weight)
+    return layer
+
+
+def twin(layer: ti.nn.TanhEquilibrium) -> ti.nn.TanhEquilibrium:
+    other = copy.deepcopy(layer)
+    other.compiled = False
+    return other
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 1) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def true_residual(layer: ti.nn.TanhEquilibrium, z: Tensor, x: Tensor) -> Tensor:
+    z, x, weight = z.detach().double(), x.detach().double(), layer.linear.weight.detach().double()
+    return torch.linalg.vector_norm(torch.tanh(z @ weight.t() + x) - z, dim=-1)
+
+
+def dense_gradients(layer: ti.nn.TanhEquilibrium, z: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Of W and x by the implicit function theorem, with a dense matrix for each sample."""
+    z, v, weight = z.detach().double(), v.double(), layer.linear.weight.detach().double()
+    slope = 1 - z * z
+    matrix = torch.eye(N, dtype=torch.float64) - slope[:, :, None] * weight
+    scaled = slope * torch.linalg.solve(matrix.mT, v)
+    return scaled.t() @ z, scaled
+
+
+@pytest.fixture
+def looped(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Which loops were used, in order."""
+    seen: list[str] = []
+    for name in ("_solution", "_gradient"):
+        loop = getattr(_compiled, name)
+
+        def call(*args: object, loop: object = loop, name: str = name) -> object:
+            seen.append(name)
+            return loop(*args)  # pyright: ignore[reportCallIssue]
+
+        monkeypatch.setattr(_compiled, name, call)
+    return seen
+
+
+def test_tanh_is_as_near_as_it_says() -> None:
+    bits = torch.arange(0x30000000, 0x41300000, 101, dtype=torch.int32)  # 5e-10 to 11
+    p = torch.cat((bits.view(torch.float32), torch.tensor([0.0, 1e-30, 50.0, torch.inf])))
+    for sign in (1.0, -1.0):
+        true = torch.tanh(sign * p.double())
+        error = (tanh(sign * p).double() - true).abs()
+        assert bool((error <= ERROR * torch.finfo(torch.float32).eps * true.abs()).all())
+        assert float(tanh(sign * p).abs().max()) <= 1.0
+    assert bool(tanh(torch.tensor([torch.nan])).isnan())
+    q = draw(5)
+    torch.testing.assert_close(tanh(q), torch.tanh(q), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("solver", [None, ti.Picard(check_every=8, extrapolate_every=8)], ids=["default", "picard"])
+def test_single_precision(solver: ti.Picard | None, looped: list[str]) -> None:
+    layer = make(dtype=torch.float32, solver=solver)
+    x, v = draw(50, N, dtype=torch.float32).requires_grad_(), draw(50, N, dtype=torch.float32, seed=2)
+    found = layer.solve(x)
+    assert bool(found.converged.all()) and int(found.status.abs().max()) == 0 and found.trace is None
+    # The tolerance holds of the true tanh, not only of the one in the loop.
+    true = true_residual(layer, found.value, x)
+    value = torch.linalg.vector_norm(found.value.detach().double(), dim=1)
+    assert bool((true <= (torch.finfo(torch.float32).eps ** (2 / 3)) * 1.01 * value).all())
+    torch.testing.assert_close(found.residual.double(), true / N**0.5, rtol=0.1, atol=2e-7)
+    assert 8 <= int(found.steps.max()) <= 40 and found.evaluations >= int(found.steps.max()) + 1
+    found.value.backward(v)
+    assert looped == ["_solution", "_gradient"]
+    exact = twin(layer).double().solve(x.detach().double()).value
+    torch.testing.assert_close(found.value.detach().double(), exact.detach(), rtol=1e-4, atol=5e-5)
+    assert layer.linear.weight.grad is not None and x.grad is not None
+    for grad, true in zip((layer.linear.weight.grad, x.grad), dense_gradients(layer, exact, v), strict=True):
+        assert float((grad - true).norm() / true.norm()) < 1e-4
+    report = found.adjoint
+    assert report.status is not None and report.residual is not None and report.steps is not None
+    assert int(report.status.abs().max()) == 0 and float(report.residual.max()) <= 2.5e-5
+    assert report.evaluations is not None and report.evaluations > int(report.steps.max()) > 0
+
+
+def test_gradients_against_differences_and_a_dense_solve(looped: list[str]) -> None:
+    layer = make(solver=PLAIN, adjoint=EXACT)
+    weight = layer.linear.weight.detach().clone().requires_grad_()
+    x, v = draw(3, N).requires_grad_(), draw(3, N, seed=2)
+
+    def solution(weight: Tensor, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            layer.linear.weight.copy_(weight)
+        z = layer(x)
+        if not weight.requires_grad:
+            return z
+        grads = torch.autograd.grad(z, (layer.linear.weight, x), v, retain_graph=True)
+        seen.append(grads)
+        return z
+
+    seen: list[tuple[Tensor, ...]] = []
+    z = solution(weight, x)
+    (of_weight, of_x), step = seen[0], 1e-6
+    for true, found in zip(dense_gradients(layer, z, v), (of_weight, of_x), strict=True):
+        torch.testing.assert_close(found, true, rtol=1e-8, atol=1e-10)
+    for place in ((0, 3), (7, 7), (19, 2)):
+        sides = []
+        for sign in (1.0, -1.0):
+            moved = weight.detach().clone()
+            moved[place] += sign * step
+            with torch.no_grad():
+                sides.append(float((solution(moved, x) * v).sum()))
+        torch.testing.assert_close((sides[0] - sides[1]) / (2 * step), float(of_weight[place]), rtol=1e-5, atol=1e-7)
+    assert "_solution" in looped and "_gradient" in looped
+
+
+def test_second_derivatives_and_transforms() -> None:
+    layer = make(solver=PLAIN, adjoint=EXACT)
+    plain = twin(layer)
+    x, v, w = draw(3, N), draw(3, N, seed=2), draw(3, N, seed=3)
+
+    def second(layer: ti.nn.TanhEquilibrium) -> tuple[Tensor, ...]:
+        leaf = x.clone().requires_grad_()
+        cotangent = v.clone().requires_grad_()
+        (first,) = torch.autograd.grad(layer(leaf), leaf, cotangent, create_graph=True)
+        return torch.autograd.grad(first, (leaf, cotangent, layer.linear.weight), w)
+
+    def lanes(layer: ti.nn.TanhEquilibrium) -> tuple[Tensor, ...]:
+        leaf = x.clone().requires_grad_()
+        return torch.autograd.grad(layer(leaf), leaf, torch.stack((v, w)), is_grads_batched=True)
+
+    def jacobian(layer: ti.nn.TanhEquilibrium) -> tuple[Tensor, ...]:
+        return (torch.func.jacrev(layer)(x[:2]),)
+
+    def tangent(layer: ti.nn.TanhEquilibrium) -> tuple[Tensor, ...]:
+        return torch.func.jvp(layer, (x,), (v,))
+
+    def mapped(layer: ti.nn.TanhEquilibrium) -> tuple[Tensor, ...]:
+        leaf = x.clone().requires_grad_()
+        z = layer(leaf)
+        return (torch.func.vmap(lambda u: torch.autograd.grad(z, leaf, u, retain_graph=True)[0])(torch.stack((v, w))),)
+
+    for derivative in (second, lanes, jacobian, tangent, mapped):
+        for found, true in zip(derivative(layer), derivative(plain), strict=True):
+            torch.testing.assert_close(found, true, rtol=1e-6, atol=1e-8)
+
+
+def test_any_number_of_samples_and_dims_compiles_once() -> None:
+    layer = make(solver=PLAIN)
+    plain = twin(layer)
+    layer(draw(3, N))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for shape in ((2, N), (5, N), (37, N), (2, 3, N)):
+            x = draw(*shape).requires_grad_()
+            found, true = layer.solve(x), plain.solve(x)
+            torch.testing.assert_close(found.value, true.value, rtol=1e-8, atol=1e-9)
+            for name in ("status", "converged", "residual", "steps"):
+                assert getattr(found, name).shape == shape[:-1], name
+            assert bool((found.steps % 8 == 0).all())
+    for shape in ((1, N), (N,)):  # of which a compiler would make another case
+        torch.testing.assert_close(layer(draw(*shape)), plain(draw(*shape)), rtol=1e-8, atol=1e-9)
+
+
+def test_no_sample_depends_on_another() -> None:
+    layer = make(solver=PLAIN)
+    x = draw(6, N)
+    found = layer.solve(x)
+    other = x.clone()
+    other[3] *= 1e-3
+    other[4] = torch.nan
+    layer.on_failure = "ignore"
+    again = layer.solve(other)
+    rows = [0, 1, 2, 5]
+    torch.testing.assert_close(again.value[rows], found.value[rows], rtol=0, atol=0)
+    assert bool((again.steps[rows] == found.steps[rows]).all())
+    assert int(again.status[4]) == int(Status.NONFINITE) and bool(again.value.isfinite().all())
+    assert bool((layer.solve(torch.zeros(3, N, dtype=torch.float64)).steps == 0).all())
+
+
+@pytest.mark.parametrize("max_steps", [None, 24])
+def test_samples_that_do_not_converge_are_told_as_ever(max_steps: int | None, looped: list[str]) -> None:
+    layer = make(radius=3.0, solver=PLAIN, max_steps=max_steps, on_failure="ignore")
+    plain = twin(layer)
+    x = draw(8, N)
+    x[:3] *= 30.0  # saturated: these converge at once
+    x.requires_grad_()
+    found, true = layer.solve(x), plain.solve(x)
+    assert looped == ["_solution"]
+    assert 0 < int(found.converged.sum()) < 8
+    assert found.status.tolist() == true.status.tolist() and found.steps.tolist() == true.steps.tolist()
+    torch.testing.assert_close(found.value, true.value, rtol=1e-8, atol=1e-8)
+    for a, b in ((layer, plain), (layer, plain)):
+        (one,), (two,) = (torch.autograd.grad(m(x).sum(), x) for m in (a, b))
+        torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-8)
+    layer.adjoint = ti.Implicit(unconverged="zero")
+    (grad,) = torch.autograd.grad(layer(x).sum(), x)
+    assert bool((grad[~found.converged] == 0).all()) and bool((grad[found.converged] != 0).any())
+    layer.on_failure = "raise"
+    with pytest.raises(ti.ConvergenceError, match="did not converge"):
+        layer(x)
+
+
+def test_an_adjoint_that_does_not_converge_is_solved_otherwise() -> None:
+    # Solvable, but its series takes thousands of terms.
+    layer = make(radius=0.5, solver=PLAIN)
+    with torch.no_grad():
+        layer.linear.weight.copy_(0.9995 * torch.eye(N, dtype=torch.float64))
+    x = 1e-4 * draw(4, N).sign()
+    layer.solver = ti.Picard(check_every=8, rtol=1e-11, atol=0.0, extrapolate_every=8)
+    x.requires_grad_()
+    found = layer.solve(x)
+    assert bool(found.converged.all())
+    v = draw(4, N, seed=2)
+    found.value.backward(v)
+    true = dense_gradients(layer, found.value, v)
+    assert x.grad is not None and layer.linear.weight.grad is not None
+    torch.testing.assert_close(x.grad, true[1], rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(layer.linear.weight.grad, true[0], rtol=1e-6, atol=1e-9)
+    assert found.adjoint.status is not None and int(found.adjoint.status.abs().max()) == 0
+
+
+def test_newton_goes_on_where_the_plain_steps_end(looped: list[str]) -> None:
+    solver = ti.Newton(warmup=12, check_every=12, rtol=1e-11)
+    layer = make(radius=0.95, solver=solver, adjoint=EXACT)
+    x, v = draw(5, N).requires_grad_(), draw(5, N, seed=2)
+    found = layer.solve(x)
+    assert looped == ["_solution"] and bool(found.converged.all())
+    assert bool((found.steps > 12).all()) and bool((found.steps < 24).all())
+    assert float(true_residual(layer, found.value, x).max()) < 1e-9
+    found.value.backward(v)
+    assert looped == ["_solution", "_gradient"]
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, dense_gradients(layer, found.value, v)[1], rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"solver": ti.Anderson()},
+        {"solver": ti.Picard(damping=0.9)},
+        {"solver": ti.Picard(norm="max")},
+        {"adjoint": ti.JacobianFree()},
+        {"adjoint": ti.Implicit(linear_solver=ti.LU())},
+        {"adjoint": ti.Implicit(warm_start=ti.WarmStart())},
+        {"depth": 3},
+    ],
+    ids=str,
+)
+def test_what_is_not_compiled_is_solved_as_ever(options: dict[str, object], looped: list[str]) -> None:
+    layer = make(**options)
+    x = draw(4, N).requires_grad_()
+    (one,), (two,) = (torch.autograd.grad(m(x).sum(), x) for m in (layer, twin(layer)))
+    torch.testing.assert_close(one, two, rtol=0, atol=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        make()(x)
+    make().solve(x, trace=True)
+    assert looped == []
+
+
+def test_a_start_and_a_memory() -> None:
+    layer = make(solver=PLAIN, init=ti.nn.Previous())
+    x = draw(4, N)
+    first, again = layer.solve(x), layer.solve(x)
+    assert bool((first.steps > 0).all()) and bool((again.steps == 0).all())
+    torch.testing.assert_close(again.value, first.value, rtol=0, atol=0)
+    start = layer.solve(x + 1e-3, start=first.value.detach())
+    assert bool(start.converged.all()) and bool((start.steps <= first.steps).all())
+
+
+def test_a_weight_changed_before_the_backward_pass_is_an_error() -> None:
+    layer = make(solver=PLAIN)
+    z = layer(draw(3, N).requires_grad_())
+    with torch.no_grad():
+        layer.linear.weight.mul_(0.5)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        z.sum().backward()
+
+
+def test_a_parametrized_weight_learns() -> None:
+    layer = make(solver=PLAIN, adjoint=EXACT)
+    torch.nn.utils.parametrizations.weight_norm(layer.linear)
+    x = draw(3, N)
+    grads = []
+    for m in (layer, twin(layer)):
+        m(x).square().sum().backward()
+        grads.append([p.grad for p in m.parameters()])
+    for one, two in zip(*grads, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-7, atol=1e-9)
+
+
+def test_no_compiler_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> object:
+        raise RuntimeError("no g++")
+
+    monkeypatch.setattr(_compiled, "_solution", _compiled._Compiled(_compiled.solution))
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: fail)
+    with pytest.raises(RuntimeError, match=r"C\+\+ compiler.*leave compiled=True out.*no g\+\+"):
+        make()(draw(3, N))
+    with pytest.raises(TypeError, match="compiled=1 is not valid"):
+        ti.nn.TanhEquilibrium(3, compiled=1)  # pyright: ignore[reportArgumentType]
