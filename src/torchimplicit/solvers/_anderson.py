@@ -77,7 +77,7 @@ class Anderson(Solver[History]):
             wait=count,
             pause=torch.ones_like(count),
             rest=count.clone(),
-            longer=torch.full_like(count, 2 * LOOK),
+            longer=torch.full_like(count, 4 * LOOK),
             seen=norm,
         )
 

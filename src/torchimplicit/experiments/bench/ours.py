@@ -41,12 +41,11 @@ COMPILED: dict[str, MakeMethod] = {
         rtol=rtol, check_every=every, extrapolate_every=every
     )
     for every in (8, 10, 12, 16)
-} | {
-    f"preconditioned, every {every}th step checked": lambda rtol, every=every: ti.PreconditionedPicard(
+}
+for _every in (6, 12):
+    COMPILED[f"preconditioned, every {_every}th step checked"] = lambda rtol, every=_every: ti.PreconditionedPicard(
         rtol=rtol, check_every=every
     )
-    for every in (6, 12)
-}
 """Solvers of compiled loops."""
 MIXED = Cascade(neumann=ti.Neumann(slowest=0.97, mixed_precision=True))
 SELDOM = Cascade(neumann=ti.Neumann(slowest=0.93, first_look=20, look_every=20))
