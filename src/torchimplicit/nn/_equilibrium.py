@@ -175,7 +175,7 @@ class TanhEquilibrium(FixedPoint):
         on_failure: `"warn"`, `"raise"` or `"ignore"`.
         init: as in `FixedPoint`; None starts from zero.
         depth: as in `FixedPoint`.
-        compiled: the forward and the backward pass are one compiled loop each, twice as quick where a step is cheap
+        compiled: the forward and the backward pass are one compiled loop each, quicker where a step is cheap
             (CPU, float32 and float64). The first call of each takes `torch.compile` some ten seconds, once for all
             batch sizes, and a C++ compiler. The steps are those of `Picard`, extrapolated after every block: `solver`
             may be None, which is blocks of eight steps; a `Picard` without damping, whose `extrapolate_every`, or
