@@ -267,7 +267,7 @@ def test_newton_goes_on_where_the_plain_steps_end(looped: list[str]) -> None:
         {"adjoint": ti.Implicit(warm_start=ti.WarmStart())},
         {"depth": 3},
     ],
-    ids=str,
+    ids=["anderson", "damped", "largest", "jacobian-free", "lu", "warm-start", "depth"],
 )
 def test_what_is_not_compiled_is_solved_as_ever(options: dict[str, object], looped: list[str]) -> None:
     layer = make(**options)
