@@ -11,8 +11,6 @@ from torchimplicit import Status
 from torchimplicit.nn import _compiled
 from torchimplicit.nn._rational_tanh import ERROR, tanh
 
-# torch's compiler imports what torch has deprecated.
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 N = 20
 PLAIN = ti.Picard(check_every=8, rtol=1e-11, atol=0.0)
 EXACT = ti.Implicit(rtol=1e-12)

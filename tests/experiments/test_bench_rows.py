@@ -156,7 +156,7 @@ def test_the_layer_may_stand_for_the_cell(monkeypatch: pytest.MonkeyPatch) -> No
     layers = [c for c in ours.layers(problem) if "preconditioned" in c.label]
     assert len(layers) == 2
     monkeypatch.setattr(ours, "everything", lambda _: plain)
-    monkeypatch.setattr(ours, "layers", lambda _: layers)
+    monkeypatch.setattr(ours, "layers", lambda *_: layers)
     found = play(problem, [plain], 1, layer=True)
     assert found.verified
     assert found.evidence["layer"]["method"].startswith("TanhEquilibrium: preconditioned")
