@@ -9,6 +9,7 @@ from torch import Tensor
 import torchimplicit as ti
 from torchimplicit import Status
 from torchimplicit.nn import _compiled
+from torchimplicit.nn._compiled_function import CompiledFunction
 from torchimplicit.nn._rational_tanh import ERROR, tanh
 
 N = 20
@@ -75,6 +76,9 @@ def test_tanh_is_as_near_as_it_says() -> None:
         assert bool((error <= ERROR * torch.finfo(torch.float32).eps * true.abs()).all())
         assert float(tanh(sign * p).abs().max()) <= 1.0
     assert bool(tanh(torch.tensor([torch.nan])).isnan())
+    # Where torch's is 1 there is no slope left.
+    far = torch.tensor([9.1, 20.0, 1e30, torch.inf])
+    assert tanh(far).tolist() == [1.0] * 4 and tanh(-far).tolist() == [-1.0] * 4
     q = draw(5)
     torch.testing.assert_close(tanh(q), torch.tanh(q), rtol=0, atol=0)
 
@@ -313,7 +317,7 @@ def test_no_compiler_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> object:
         raise RuntimeError("no g++")
 
-    monkeypatch.setattr(_compiled, "_solution", _compiled._Compiled(_compiled.solution))
+    monkeypatch.setattr(_compiled, "_solution", CompiledFunction(_compiled.solution))
     monkeypatch.setattr(torch, "compile", lambda *_, **__: fail)
     with pytest.raises(RuntimeError, match=r"C\+\+ compiler.*leave compiled=True out.*no g\+\+"):
         make()(draw(3, N))

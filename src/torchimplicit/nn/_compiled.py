@@ -6,8 +6,6 @@ not converge, gradients of gradients, transforms, other solvers and adjoints.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -21,160 +19,13 @@ from .._profile import span
 from .._report import OnFailure, call_site, report_failures, undetected
 from .._solution import AdjointReport, Solution, Status
 from .._system import batched, transformed
-from .._tolerance import default_rtol, least_rtol
-from ..linear import Cascade, Neumann
-from ..solvers import Method, Newton, NewtonKrylov, Picard, PreconditionedPicard
-from ._compiled_loops import Form, Found, Pace, gradient, solution
+from ..solvers import Method, Picard
+from ._compiled_function import CompiledFunction
+from ._compiled_loops import Form, Found, gradient, solution
+from ._compiled_plan import Plan, plan_for
 from ._shifted_tanh import shifted_tanh
 
-_BLOCK = 8
-"""Steps from one look to the next where the solver does not say."""
-_PRECONDITIONED = 256
-"""Unknowns up to which steps are preconditioned where the solver does not say (as those of `Auto`)."""
-_WARMUP = 12
-"""The same for the plain steps before Newton's."""
-_LONGEST = 32
-"""Steps of a block at most: each of them is compiled for itself."""
-_ADJOINT_STEPS, _ADJOINT_PATIENCE, _ADJOINT_PROGRESS = 500, 48, 0.7
-"""Products of the adjoint solve at most; and in so many the residual must have fallen by this factor."""
-_OPTIONS: Any = {
-    "cpp_wrapper": True,
-    "size_asserts": False,
-    "cpp.enable_floating_point_contract_flag": "fast",
-}
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What the loops do in the place of a solver and an adjoint.
-
-    Attributes:
-        forward: the steps of the solve.
-        backward: those of the adjoint.
-        max_steps: of the solve, a multiple of a block.
-        unit: of the residual's norm.
-        limits: as `solution` takes them.
-        rtol: as `gradient` does.
-        products: of the adjoint at most.
-        rest: who solves what the loop leaves.
-        resumes: whether where the loop left it, and not at the start.
-        preconditioned: whether the steps are those of `PreconditionedPicard`.
-    """
-
-    forward: Pace
-    backward: Pace
-    max_steps: Tensor
-    unit: float
-    limits: Tensor
-    rtol: Tensor
-    products: Tensor
-    rest: Method | None
-    resumes: bool
-    preconditioned: bool
-
-
-@lru_cache(maxsize=64)
-def _plan(solver: Method | None, adjoint: Adjoint | None, max_steps: int | None, n: int, dtype: torch.dtype) -> Any:
-    """The plan for a solver and an adjoint, or None if there is none: these are not solved in a loop of their own."""
-    adjoint = Implicit() if adjoint is None else adjoint
-    if not isinstance(adjoint, Implicit) or adjoint.reuse or adjoint.warm_start is not None:
-        return None
-    linear = adjoint.linear_solver or Cascade()
-    series = linear.neumann if isinstance(linear, Cascade) else linear
-    if not isinstance(series, Neumann) or series.mixed_precision:
-        return None
-    rest, resumes, preconditioned = solver, False, False
-    if solver is None:
-        block, extrapolate, most = _BLOCK, True, Picard.max_steps
-        solver, preconditioned = Picard(), n <= _PRECONDITIONED
-    elif type(solver) is PreconditionedPicard:
-        block, extrapolate, most, preconditioned = solver.check_every, False, solver.max_steps, True
-    elif type(solver) is Picard and solver.damping == 1.0 and solver.damping_patience is None:
-        extrapolate, most = solver.extrapolate_every is not None, solver.max_steps
-        block = solver.check_every if solver.extrapolate_every is None else solver.extrapolate_every
-    elif isinstance(solver, Newton | NewtonKrylov) and solver.warmup >= _WARMUP and solver.max_backtracks:
-        block, extrapolate, most = _WARMUP, True, solver.warmup
-        rest, resumes = replace(solver, warmup=0), True
-    else:
-        return None
-    steps = most if max_steps is None else min(most, max_steps)
-    steps -= steps % block
-    if solver.mixed_precision or solver.norm not in ("rms", "two") or block > _LONGEST or not steps:
-        return None
-    look = min(series.look_every, _LONGEST)
-    if (extrapolate and block < 2) or look < 3:
-        return None
-    if resumes and max_steps is not None:
-        return None  # how many are left for Newton's steps is another number each time
-    eps = torch.finfo(dtype).eps
-    unit = n**-0.5 if solver.norm == "rms" else 1.0
-    rtol = default_rtol("fixed_point", eps) if solver.rtol is None else solver.rtol
-    rtol = max(rtol, least_rtol(eps)) if rtol else 0.0
-    atol = 0.0 if solver.atol is None else solver.atol / unit
-    above = 1 + 4 * eps
-    limits = torch.tensor([rtol, atol * above, eps * above if solver.atol is None else 0.0], dtype=dtype)
-    backward_rtol = max(eps ** (2 / 3) if adjoint.rtol is None else adjoint.rtol, 4 * eps)
-    return _Plan(
-        forward=Pace(block, extrapolate, solver.patience, solver.progress),
-        backward=Pace(look, True, _ADJOINT_PATIENCE, _ADJOINT_PROGRESS),
-        max_steps=torch.tensor(steps),
-        unit=unit,
-        limits=limits,
-        rtol=torch.tensor(backward_rtol, dtype=dtype),
-        products=torch.tensor(min(_ADJOINT_STEPS, series.max_steps)),
-        rest=rest,
-        resumes=resumes,
-        preconditioned=preconditioned,
-    )
-
-
-class _Compiled:
-    """A function compiled for any number of samples, but for every size and dtype by itself, when it is first called.
-
-    Args:
-        function: of tensors, and at last of what is constant.
-    """
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = function
-        self._ready: dict[Any, Callable[..., Any]] = {}
-
-    def __call__(self, key: Any, samples: tuple[int, ...], *args: Any) -> Any:
-        """The function's value.
-
-        Args:
-            key: what is constant: of another one another function is compiled.
-            samples: which of the arguments are `(B, …)`.
-            args: of the function.
-
-        Raises:
-            RuntimeError: there is no compiler, or it fails.
-        """
-        function = self._ready.get(key)
-        if function is not None:
-            return function(*args)
-        function = torch.compile(_another(self._function), fullgraph=True, options=_OPTIONS)
-        for place in samples:
-            torch._dynamo.mark_dynamic(args[place], 0)
-        try:
-            found = function(*args)
-        except Exception as error:
-            raise RuntimeError(
-                "TanhEquilibrium(compiled=True): the loop could not be compiled, which takes a C++ compiler that "
-                f"torch.compile can use; leave compiled=True out. ({type(error).__name__}: {error})"
-            ) from error
-        self._ready[key] = function
-        return found
-
-
-def _another(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function with code of its own: Dynamo compiles each code but so many times."""
-    assert isinstance(function, FunctionType)
-    code: CodeType = function.__code__.replace()
-    return FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
-
-
-_solution, _gradient = _Compiled(solution), _Compiled(gradient)
+_solution, _gradient = CompiledFunction(solution), CompiledFunction(gradient)
 
 
 def at_once(
@@ -205,7 +56,7 @@ def at_once(
     if not _plain(weight, x, start):
         return None
     n = weight.shape[0]
-    plan: _Plan | None = _plan(solver, adjoint, max_steps, n, x.dtype)
+    plan = plan_for(solver, adjoint, max_steps, n, x.dtype)
     if plan is None:
         return None
     shape = x.shape
@@ -281,7 +132,7 @@ def _plain(weight: Tensor, x: Any, start: Any) -> bool:
 
 
 def _finish(
-    plan: _Plan,
+    plan: Plan,
     found: Found,
     args: tuple[Tensor, Tensor, Tensor],
     left: Tensor,
@@ -330,7 +181,7 @@ class _Backward:
     """
 
     adjoint: Implicit
-    plan: _Plan
+    plan: Plan
     form: Form
     status: Tensor
     dead: Tensor | None
