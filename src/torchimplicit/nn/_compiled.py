@@ -20,12 +20,12 @@ from .._report import OnFailure, call_site, report_failures, undetected
 from .._solution import AdjointReport, Solution, Status
 from .._system import batched, transformed
 from ..solvers import Method, Picard
-from ._compiled_function import CompiledFunction
-from ._compiled_loops import Form, Found, gradient, solution
 from ._compiled_plan import Plan, plan_for
+from ._extension import tanh_loops
 from ._shifted_tanh import shifted_tanh
 
-_solution, _gradient = CompiledFunction(solution), CompiledFunction(gradient)
+Form = tuple[Tensor | None, float]
+"""`Pᵀ` and c of `ShiftedTanh`, whose steps are taken then; None for plain ones."""
 
 
 def at_once(
@@ -62,20 +62,18 @@ def at_once(
     shape = x.shape
     if x.ndim != 2:
         x, start = x.reshape(-1, n), start.reshape(-1, n)
-    if len(x) < 2:
+    if not len(x):
         return None
     with span(label, "forward solve"), torch.no_grad(), undetected():
         args = weight.detach(), x.detach(), start.detach()
-        form = _form(args[0]) if plan.preconditioned else None
-        key = n, x.dtype, plan.forward, form is None
-        found: Found = _solution(key, (1, 2), *args, plan.limits, plan.max_steps, form, plan.forward)
-        evaluations, clean = _evaluations(found, form), bool(found.done.all())
-        z, value = found.z, found.value
-        residual, steps = found.norm * plan.unit, found.steps
-        status, converged = torch.zeros_like(steps), found.done
+        form = _form(args[0]) if plan.preconditioned else (None, 0.0)
+        found = tanh_loops().solution(*args, *form, *plan.limits, *plan.forward)
+        z, value, norm, steps, done, evaluations, clean = found
+        residual = norm * plan.unit
+        status, converged = torch.zeros_like(steps), done
         if not clean:
-            left = (~found.done).nonzero()[:, 0]
-            rest, reached = _finish(plan, found, args, left, cell, max_steps)
+            left = (~done).nonzero()[:, 0]
+            rest, reached = _finish(plan, z, args, left, cell, max_steps)
             z, value = z.index_copy(0, left, rest.value), value.index_copy(0, left, reached)
             status, residual = status.index_copy(0, left, rest.status), residual.index_copy(0, left, rest.residual)
             before = steps.index_select(0, left) if plan.resumes else 0
@@ -105,12 +103,7 @@ def at_once(
 def _form(weight: Tensor) -> Form:
     """`Pᵀ` and c for these weights; None where there are none."""
     form = shifted_tanh(weight)
-    return None if form is None else (form.product, torch.tensor(form.shift, dtype=weight.dtype))
-
-
-def _evaluations(found: Found, form: Form) -> int:
-    """Products with W or P, for the whole batch each: of the steps, and of the looks where these take their own."""
-    return 1 + int(found.taken) + (0 if form is None else int(found.looks))
+    return (None, 0.0) if form is None else (form.product, form.shift)
 
 
 def _plain(weight: Tensor, x: Any, start: Any) -> bool:
@@ -133,7 +126,7 @@ def _plain(weight: Tensor, x: Any, start: Any) -> bool:
 
 def _finish(
     plan: Plan,
-    found: Found,
+    reached: Tensor,
     args: tuple[Tensor, Tensor, Tensor],
     left: Tensor,
     cell: Callable[[Tensor, Tensor], Tensor],
@@ -145,7 +138,7 @@ def _finish(
     """
     _, x, start = (t.index_select(0, left) if i else t for i, t in enumerate(args))
     if plan.resumes:
-        reached = found.z.index_select(0, left)
+        reached = reached.index_select(0, left)
         start = torch.where(reached.isfinite().all(dim=1, keepdim=True), reached, start)
     rest = run(
         "fixed_point",
@@ -196,21 +189,19 @@ class _Backward:
         plan = self.plan
         if self.dead is not None:
             v = torch.where(self.dead[:, None], 0.0, v)
-        key = v.shape[1], v.dtype, plan.backward, self.form is None, of_weight
         with span(self.label, "adjoint solve"):
             tensors = weight.detach(), z.detach(), value, v.detach()
-            found, of_x, of_w = _gradient(
-                key, (1, 2, 3), *tensors, plan.rtol, plan.products, self.form, plan.backward, of_weight
-            )
-            if not bool(found.done.all()):
+            found = tanh_loops().gradient(*tensors, *self.form, plan.rtol, *plan.backward, of_weight)
+            of_x, of_w, norm, steps, evaluations, clean = found
+            if not clean:
                 return None
         tiny = torch.finfo(v.dtype).tiny
-        relative = found.norm / torch.linalg.vector_norm(v, dim=1).clamp_min(tiny)
-        status = torch.zeros_like(found.steps)
+        relative = norm / torch.linalg.vector_norm(v, dim=1).clamp_min(tiny)
+        status = torch.zeros_like(steps)
         if self.dead is not None:
             status = torch.where(self.dead, self.status, status)
-        self._note(status, relative, found.steps, _evaluations(found, self.form))
-        return of_w, of_x
+        self._note(status, relative, steps, evaluations)
+        return of_w if of_weight else None, of_x
 
     def thoroughly(self, weight: Tensor, x: Tensor, z: Tensor, v: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients by the engine of all layers, with a graph of their own where one is wanted."""

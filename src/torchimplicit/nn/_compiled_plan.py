@@ -4,13 +4,11 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
-from torch import Tensor
 
 from .._adjoint import Adjoint, Implicit
 from .._tolerance import default_rtol, least_rtol
 from ..linear import Cascade, Neumann
 from ..solvers import Method, Newton, NewtonKrylov, Picard, PreconditionedPicard
-from ._compiled_loops import Pace
 
 _BLOCK = 8
 """Steps from one look to the next where the solver does not say."""
@@ -18,11 +16,14 @@ _WARMUP = 12
 """The same for the plain steps before Newton's."""
 _PRECONDITIONED = 256
 """Unknowns up to which steps are preconditioned where the solver does not say (as those of `Auto`)."""
-_LONGEST = 32
-"""Steps of a block at most: each of them is compiled for itself."""
 _ADJOINT_STEPS, _ADJOINT_PATIENCE, _ADJOINT_PROGRESS = 500, 48, 0.7
 """Products of the adjoint solve at most; and in so many the residual must have fallen by this factor."""
 _METHODS = (Picard, PreconditionedPicard, Newton, NewtonKrylov)
+
+
+Pace = tuple[int, int, bool, int, float]
+"""Steps at most; steps from one look to the next; whether plain steps are extrapolated after each of these blocks; and
+steps after which the best residual of a sample must have fallen, by which factor."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,9 @@ class Plan:
     Attributes:
         forward: the steps of the solve.
         backward: those of the adjoint.
-        max_steps: of the solve, a multiple of a block.
         unit: of the residual's norm.
-        limits: as `solution` takes them.
-        rtol: as `gradient` does.
-        products: of the adjoint at most.
+        limits: rtol, atol, and atol in units of the first residual's norm; norms are two-norms.
+        rtol: what the adjoint's residual must come down to, beside the gradient that is pulled back.
         rest: who solves what the loop leaves.
         resumes: whether where the loop left it, and not at the start.
         preconditioned: whether the steps are those of `PreconditionedPicard`.
@@ -44,11 +43,9 @@ class Plan:
 
     forward: Pace
     backward: Pace
-    max_steps: Tensor
     unit: float
-    limits: Tensor
-    rtol: Tensor
-    products: Tensor
+    limits: tuple[float, float, float]
+    rtol: float
     rest: Method | None
     resumes: bool
     preconditioned: bool
@@ -91,9 +88,9 @@ def _made(solver: Method | None, adjoint: Implicit, max_steps: int | None, n: in
         return None
     steps = most if max_steps is None else min(most, max_steps)
     steps -= steps % block
-    if solver.mixed_precision or solver.norm not in ("rms", "two") or block > _LONGEST or not steps:
+    if solver.mixed_precision or solver.norm not in ("rms", "two") or not steps:
         return None
-    look = min(series.look_every, _LONGEST)
+    look = series.look_every
     if (extrapolate and block < 2) or look < 3:
         return None
     if resumes and max_steps is not None:
@@ -104,16 +101,14 @@ def _made(solver: Method | None, adjoint: Implicit, max_steps: int | None, n: in
     rtol = max(rtol, least_rtol(eps)) if rtol else 0.0
     atol = 0.0 if solver.atol is None else solver.atol / unit
     above = 1 + 4 * eps
-    limits = torch.tensor([rtol, atol * above, eps * above if solver.atol is None else 0.0], dtype=dtype)
+    limits = rtol, atol * above, eps * above if solver.atol is None else 0.0
     backward_rtol = max(eps ** (2 / 3) if adjoint.rtol is None else adjoint.rtol, 4 * eps)
     return Plan(
-        forward=Pace(block, extrapolate, solver.patience, solver.progress),
-        backward=Pace(look, True, _ADJOINT_PATIENCE, _ADJOINT_PROGRESS),
-        max_steps=torch.tensor(steps),
+        forward=(steps, block, extrapolate, solver.patience, solver.progress),
+        backward=(min(_ADJOINT_STEPS, series.max_steps), look, True, _ADJOINT_PATIENCE, _ADJOINT_PROGRESS),
         unit=unit,
         limits=limits,
-        rtol=torch.tensor(backward_rtol, dtype=dtype),
-        products=torch.tensor(min(_ADJOINT_STEPS, series.max_steps)),
+        rtol=backward_rtol,
         rest=rest,
         resumes=resumes,
         preconditioned=preconditioned,

@@ -1,0 +1,88 @@
+"""C++ source of this package, compiled on the machine where it is used, when it is first used.
+
+The compiled library is kept for the next process, under a name that says all that it depends on.
+"""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_FLAGS = ("-std=c++20", "-O3", "-fPIC", "-shared", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
+_VECTORS = {
+    "AVX2": ("-mavx2", "-mfma"),
+    "AVX512": ("-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-mfma", "-mprefer-vector-width=512"),
+}
+"""For what torch itself found that the processor can do."""
+_COMPILERS = ("c++", "g++", "clang++")
+
+
+@cache
+def tanh_loops() -> Any:
+    """The operators of `_tanh_loops.cpp`.
+
+    Raises:
+        RuntimeError: there is no compiler, or it fails.
+    """
+    try:
+        torch.ops.load_library(str(library(Path(__file__).with_name("_tanh_loops.cpp"))))
+    except (OSError, subprocess.CalledProcessError) as error:
+        output = error.stderr if isinstance(error, subprocess.CalledProcessError) else ""
+        raise RuntimeError(
+            "TanhEquilibrium(compiled=True): the loops could not be compiled, which takes a C++ compiler "
+            f"({', '.join(_COMPILERS)}, or the one that the environment variable CXX names); leave compiled=True out. "
+            f"({type(error).__name__}: {error}{output})"
+        ) from error
+    return torch.ops.torchimplicit_tanh_loops
+
+
+def library(source: Path) -> Path:
+    """The library of a source, compiled unless it is there.
+
+    Raises:
+        OSError: there is no compiler, or no place for the library.
+        CalledProcessError: the compiler fails.
+    """
+    torch_dir = Path(torch.__file__).parent
+    vectors = _VECTORS.get(torch.backends.cpu.get_cpu_capability(), ())
+    flags = [*_FLAGS, *vectors, f"-isystem{torch_dir / 'include'}", f"-L{torch_dir / 'lib'}"]
+    compiler = _compiler()
+    parts = (source.read_text("utf-8"), torch.__version__, sys.platform, *compiler, *flags)
+    name = f"{source.stem.lstrip('_')}-{sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
+    folder = _folder()
+    made = folder / name
+    if not made.exists():
+        # Who compiles at the same time writes to another file, and the last one to be ready has its name.
+        with tempfile.TemporaryDirectory(dir=folder) as work:
+            out = Path(work) / name
+            command = [*compiler, *flags, str(source), "-o", str(out), "-ltorch_cpu", "-lc10"]
+            subprocess.run(command, check=True, capture_output=True, text=True)
+            out.replace(made)
+    return made
+
+
+def _compiler() -> list[str]:
+    """The command that compiles C++."""
+    if command := os.environ.get("CXX"):
+        return shlex.split(command)
+    for name in _COMPILERS:
+        if shutil.which(name):
+            return [name]
+    raise FileNotFoundError("none was found")
+
+
+def _folder() -> Path:
+    """Where libraries are kept: torch's folder for extensions if the user named one, else one in the user's cache."""
+    named = os.environ.get("TORCH_EXTENSIONS_DIR")
+    cache_dir = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(named) if named else Path(cache_dir) / "torchimplicit"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
