@@ -275,7 +275,7 @@ def test_newton_goes_on_where_the_plain_steps_end(looped: list[str]) -> None:
     ids=["anderson", "damped", "largest", "jacobian-free", "lu", "warm-start", "depth"],
 )
 def test_what_is_not_compiled_is_solved_as_ever(options: dict[str, object], looped: list[str]) -> None:
-    layer = make(**options)
+    layer = make(**options)  # pyright: ignore[reportArgumentType]
     x = draw(4, N).requires_grad_()
     (one,), (two,) = (torch.autograd.grad(m(x).sum(), x) for m in (layer, twin(layer)))
     torch.testing.assert_close(one, two, rtol=0, atol=0)
@@ -340,10 +340,10 @@ def test_what_was_compiled_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     source.write_text("int one() { return 1; }\n")
     monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    made = _extension.library(source)
+    made = _extension.library(source, _extension._folder())
     assert made.parent == tmp_path / "cache" / "torchimplicit" and made.exists()
     when = made.stat().st_mtime_ns
-    assert _extension.library(source) == made and made.stat().st_mtime_ns == when
+    assert _extension.library(source, made.parent) == made and made.stat().st_mtime_ns == when
     source.write_text("int one() { return 2; }\n")
-    assert _extension.library(source) != made
+    assert _extension.library(source, made.parent) != made
     assert len(list(made.parent.iterdir())) == 2

@@ -67,7 +67,7 @@ def at_once(
     with span(label, "forward solve"), torch.no_grad(), undetected():
         args = weight.detach(), x.detach(), start.detach()
         form = _form(args[0]) if plan.preconditioned else (None, 0.0)
-        found = tanh_loops().solution(*args, *form, *plan.limits, *plan.forward)
+        found = tanh_loops().solution(*args, *form, *plan.limits, *plan.forward, *plan.krylov)
         z, value, norm, steps, done, evaluations, clean = found
         residual = norm * plan.unit
         status, converged = torch.zeros_like(steps), done

@@ -7,7 +7,7 @@ import torch
 
 from .._adjoint import Adjoint, Implicit
 from .._tolerance import default_rtol, least_rtol
-from ..linear import Cascade, Neumann
+from ..linear import GMRES, Cascade, Neumann
 from ..solvers import Method, Newton, NewtonKrylov, Picard, PreconditionedPicard
 
 _BLOCK = 8
@@ -26,6 +26,12 @@ Pace = tuple[int, int, bool, int, float]
 steps after which the best residual of a sample must have fallen, by which factor."""
 
 
+Krylov = tuple[int, int, float, float]
+"""Restart and products of GMRES; forcing term, 0 for Eisenstat and Walker's; the residual's norm that is asked for. No
+such steps are taken if the first is 0."""
+_NONE: Krylov = 0, 0, 0.0, 0.0
+
+
 @dataclass(frozen=True)
 class Plan:
     """What the loops do in the place of a solver and an adjoint.
@@ -36,7 +42,8 @@ class Plan:
         unit: of the residual's norm.
         limits: rtol, atol, and atol in units of the first residual's norm; norms are two-norms.
         rtol: what the adjoint's residual must come down to, beside the gradient that is pulled back.
-        rest: who solves what the loop leaves.
+        krylov: how Newton's steps solve their systems, for the few samples that the loop leaves.
+        rest: who solves what is left then.
         resumes: whether where the loop left it, and not at the start.
         preconditioned: whether the steps are those of `PreconditionedPicard`.
     """
@@ -46,6 +53,7 @@ class Plan:
     unit: float
     limits: tuple[float, float, float]
     rtol: float
+    krylov: Krylov
     rest: Method | None
     resumes: bool
     preconditioned: bool
@@ -109,7 +117,19 @@ def _made(solver: Method | None, adjoint: Implicit, max_steps: int | None, n: in
         unit=unit,
         limits=limits,
         rtol=backward_rtol,
+        krylov=_krylov(solver, unit) if resumes else _NONE,
         rest=rest,
         resumes=resumes,
         preconditioned=preconditioned,
     )
+
+
+def _krylov(solver: Method, unit: float) -> Krylov:
+    """How these Newton steps solve their systems, if it is by GMRES alone."""
+    assert isinstance(solver, Newton | NewtonKrylov)
+    linear = solver._linear()
+    gmres = linear.gmres if isinstance(linear, Cascade) and not linear.dense_limit else linear
+    if not isinstance(gmres, GMRES) or gmres.preconditioner is not None:
+        return _NONE
+    forcing = solver.forcing if isinstance(solver.forcing, float) else 0.0
+    return gmres.restart, gmres.max_steps, forcing, (solver.atol or 0.0) / unit

@@ -23,6 +23,7 @@ _VECTORS = {
 }
 """For what torch itself found that the processor can do."""
 _COMPILERS = ("c++", "g++", "clang++")
+TANH_LOOPS = Path(__file__).with_name("_tanh_loops.cpp")
 
 
 @cache
@@ -33,7 +34,7 @@ def tanh_loops() -> Any:
         RuntimeError: there is no compiler, or it fails.
     """
     try:
-        torch.ops.load_library(str(library(Path(__file__).with_name("_tanh_loops.cpp"))))
+        torch.ops.load_library(str(library(TANH_LOOPS, _folder())))
     except (OSError, subprocess.CalledProcessError) as error:
         output = error.stderr if isinstance(error, subprocess.CalledProcessError) else ""
         raise RuntimeError(
@@ -44,8 +45,8 @@ def tanh_loops() -> Any:
     return torch.ops.torchimplicit_tanh_loops
 
 
-def library(source: Path) -> Path:
-    """The library of a source, compiled unless it is there.
+def library(source: Path, folder: Path) -> Path:
+    """The library of a source in a folder, compiled unless it is there.
 
     Raises:
         OSError: there is no compiler, or no place for the library.
@@ -57,7 +58,6 @@ def library(source: Path) -> Path:
     compiler = _compiler()
     parts = (source.read_text("utf-8"), torch.__version__, sys.platform, *compiler, *flags)
     name = f"{source.stem.lstrip('_')}-{sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
-    folder = _folder()
     made = folder / name
     if not made.exists():
         # Who compiles at the same time writes to another file, and the last one to be ready has its name.
