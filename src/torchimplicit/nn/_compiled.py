@@ -22,7 +22,6 @@ from .._system import batched, transformed
 from ..solvers import Method, Picard
 from ._compiled_plan import Plan, plan_for
 from ._extension import tanh_loops
-from ._shifted_tanh import shifted_tanh
 
 Form = tuple[Tensor | None, float]
 """`Pᵀ` and c of `ShiftedTanh`, whose steps are taken then; None for plain ones."""
@@ -66,7 +65,7 @@ def at_once(
         return None
     with span(label, "forward solve"), torch.no_grad(), undetected():
         args = weight.detach(), x.detach(), start.detach()
-        form = _form(args[0]) if plan.preconditioned else (None, 0.0)
+        form: Form = tanh_loops().shifted(args[0]) if plan.preconditioned else (None, 0.0)
         found = tanh_loops().solution(*args, *form, *plan.limits, *plan.forward, *plan.krylov)
         z, value, norm, steps, done, evaluations, clean = found
         residual = norm * plan.unit
@@ -98,12 +97,6 @@ def at_once(
     if not clean and not bool(converged.all()):
         report_failures("fixed_point", status, on_failure, out)
     return out
-
-
-def _form(weight: Tensor) -> Form:
-    """`Pᵀ` and c for these weights; None where there are none."""
-    form = shifted_tanh(weight)
-    return (None, 0.0) if form is None else (form.product, form.shift)
 
 
 def _plain(weight: Tensor, x: Any, start: Any) -> bool:

@@ -14,6 +14,8 @@ _BLOCK = 8
 """Steps from one look to the next where the solver does not say."""
 _WARMUP = 12
 """The same for the plain steps before Newton's."""
+_CORRECTIONS = 10
+"""The same for preconditioned steps of the adjoint."""
 _PRECONDITIONED = 256
 """Unknowns up to which steps are preconditioned where the solver does not say (as those of `Auto`)."""
 _ADJOINT_STEPS, _ADJOINT_PATIENCE, _ADJOINT_PROGRESS = 500, 48, 0.7
@@ -98,7 +100,7 @@ def _made(solver: Method | None, adjoint: Implicit, max_steps: int | None, n: in
     steps -= steps % block
     if solver.mixed_precision or solver.norm not in ("rms", "two") or not steps:
         return None
-    look = series.look_every
+    look = _CORRECTIONS if preconditioned and adjoint.linear_solver is None else series.look_every
     if (extrapolate and block < 2) or look < 3:
         return None
     if resumes and max_steps is not None:

@@ -23,6 +23,8 @@ _VECTORS = {
 }
 """For what torch itself found that the processor can do."""
 _COMPILERS = ("c++", "g++", "clang++")
+_TOLD = 2000
+"""Characters of a compiler's last words."""
 TANH_LOOPS = Path(__file__).with_name("_tanh_loops.cpp")
 
 
@@ -36,11 +38,11 @@ def tanh_loops() -> Any:
     try:
         torch.ops.load_library(str(library(TANH_LOOPS, _folder())))
     except (OSError, subprocess.CalledProcessError) as error:
-        output = error.stderr if isinstance(error, subprocess.CalledProcessError) else ""
+        output = error.stderr[-_TOLD:] if isinstance(error, subprocess.CalledProcessError) else ""
         raise RuntimeError(
             "TanhEquilibrium(compiled=True): the loops could not be compiled, which takes a C++ compiler "
             f"({', '.join(_COMPILERS)}, or the one that the environment variable CXX names); leave compiled=True out. "
-            f"({type(error).__name__}: {error}{output})"
+            f"({type(error).__name__}: {error} {output})"
         ) from error
     return torch.ops.torchimplicit_tanh_loops
 

@@ -8,11 +8,17 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/add.h>
 #include <ATen/ops/addmm.h>
+#include <ATen/ops/div.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/linalg_solve_ex.h>
 #include <ATen/ops/mm.h>
+#include <ATen/ops/mul.h>
 #include <ATen/ops/mv.h>
+#include <ATen/ops/sub.h>
+#include <ATen/ops/sum.h>
 #include <ATen/ops/tanh.h>
+#include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -32,6 +38,7 @@ constexpr double kReach = 4.0;                      // _tolerance._REACH
 constexpr double kLongest = -50.0, kShortest = 0.5;  // _picard: bounds of an extrapolation
 constexpr double kUnderflow = 1e-140;                // below it a sum of squares has lost digits
 constexpr int64_t kMany = 1 << 16;                   // numbers from which threads are of use
+constexpr int64_t kSeries = 256;                     // unknowns up to which a matrix is inverted by its powers
 constexpr int64_t kFew = 16, kNewtonSteps = 20;      // samples that Newton's steps are taken for, and how many
 
 // ---------------------------------------------------------------------------------------------------- tanh
@@ -599,7 +606,9 @@ Found solve(const Tensor& weight, const Tensor& x, const Tensor& start, const st
   if (std::is_same_v<T, float>) rtol -= kTanhError * eps;
   const Tensor transposed = weight.t();
   const Rows<T> xs(x), starts(start);
-  const Tensor image = at::mm(start, transposed);
+  const T* numbers = starts.at(0);
+  const bool zero = std::all_of(numbers, numbers + starts.numel(), [](T number) { return number == 0; });
+  const Tensor image = zero ? at::zeros_like(start) : at::mm(start, transposed);
   Rows<T> value(x, rows);
   tanh_of_sum(value, Rows<T>(image), xs);
   Found found = begin(start, value.tensor());
@@ -665,6 +674,49 @@ std::tuple<Found, Tensor> pull_back(const Tensor& weight, const Tensor& value, c
   return {found, scaled};
 }
 
+// Pᵀ, P = W (I − c W)⁻¹, in single precision by the first 24 powers of c W: six products, where LAPACK takes as long as
+// fifteen with a hundred unknowns. None if these powers are not enough: a vector says so.
+std::optional<Tensor> by_series(const Tensor& weight, double shift, const Tensor& vector) {
+  const Tensor x = at::mul(weight.t(), shift), square = at::mm(x, x);
+  const Tensor low = at::addmm(at::add(x, square), square, at::add(x, square));  // X + … + X⁴
+  const Tensor fifth = at::addmm(at::sub(x, low), x, low), tenth = at::mm(fifth, fifth);
+  const Tensor high = at::addmm(at::add(fifth, tenth), tenth, at::add(fifth, tenth));  // X⁵ + … + X²⁰
+  const Tensor all = at::addmm(at::add(low, high), low, high);
+  const Tensor solved = at::add(vector, at::mv(all, vector));
+  const Tensor rest = at::sub(at::sub(solved, at::mv(x, solved)), vector);
+  const int64_t n = vector.size(0);
+  const double left = two(rest.const_data_ptr<float>(), n), whole = two(solved.const_data_ptr<float>(), n);
+  if (!(left <= 1e-6 * whole)) return std::nullopt;
+  return at::div(all, shift);
+}
+
+// Pᵀ and c of ShiftedTanh for these weights (see _shifted_tanh.py, which this is); none where it cannot be had.
+template <class T>
+std::pair<std::optional<Tensor>, double> shifted_form(const Tensor& weight) {
+  constexpr int64_t kProducts = 12, kLast = 4;
+  constexpr double kPart = 0.4, kLargest = 0.5;
+  const int64_t n = weight.size(0);
+  Tensor vector = at::empty({n}, weight.options()), image = at::empty_like(vector);
+  for (int64_t i = 0; i < n; ++i) vector.mutable_data_ptr<T>()[i] = std::cos(T(i) * T(i));
+  double before = 0.0;
+  for (int64_t product = 0; product < kProducts; ++product) {
+    at::mv_out(image, weight, vector);
+    std::swap(vector, image);
+    if (product == kProducts - kLast - 1) before = two(vector.const_data_ptr<T>(), n);
+  }
+  const double after = two(vector.const_data_ptr<T>(), n);
+  const double radius = before > 0.0 ? std::pow(after / before, 1.0 / kLast) : before;
+  const double shift = radius * kLargest <= kPart ? kLargest : kPart / radius;
+  if (!(shift > 0.0)) return {std::nullopt, 0.0};  // an infinite radius, or NaN
+  if (std::is_same_v<T, float> && n <= kSeries)
+    if (auto product = by_series(weight, shift, vector)) return {product, shift};
+  Tensor matrix = at::mul(weight, -shift);
+  matrix.diagonal().add_(1.0);
+  const Tensor product = std::get<0>(at::linalg_solve_ex(matrix, weight));
+  if (!std::isfinite(product.sum().item<double>())) return {std::nullopt, 0.0};
+  return {product.t().contiguous(), shift};
+}
+
 // ---------------------------------------------------------------------------------------------- operators
 
 using Solved = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, int64_t, bool>;
@@ -681,6 +733,10 @@ Solved solution(const Tensor& weight, const Tensor& x, const Tensor& start, cons
   const auto function = x.scalar_type() == at::kFloat ? solve<float> : solve<double>;
   Found f = function(weight, x.contiguous(), start.contiguous(), product, shift, rtol, atol, atol_first, pace, krylov);
   return {f.z, f.value, f.norm, f.steps, f.done, evaluations(f, product.has_value()), f.clean};
+}
+
+std::tuple<std::optional<Tensor>, double> shifted(const Tensor& weight) {
+  return weight.scalar_type() == at::kFloat ? shifted_form<float>(weight) : shifted_form<double>(weight);
 }
 
 using Pulled = std::tuple<Tensor, Tensor, Tensor, Tensor, int64_t, bool>;
@@ -717,11 +773,13 @@ TORCH_LIBRARY(torchimplicit_tanh_loops, m) {
       "gradient(Tensor weight, Tensor z, Tensor value, Tensor v, Tensor? product, float shift, float rtol, "
       "int max_steps, int block, bool extrapolate, int patience, float progress, bool of_weight) "
       "-> (Tensor, Tensor, Tensor, Tensor, int, bool)");
+  m.def("shifted(Tensor weight) -> (Tensor?, float)");
   m.def("tanh(Tensor p) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(torchimplicit_tanh_loops, CPU, m) {
   m.impl("solution", solution);
   m.impl("gradient", gradient);
+  m.impl("shifted", shifted);
   m.impl("tanh", tanh_values);
 }

@@ -37,11 +37,11 @@ SOLVERS: dict[str, MakeMethod] = {
     "auto": lambda rtol: ti.Auto(rtol=rtol),
 }
 COMPILED: dict[str, MakeMethod] = {
+    "picard, every 4th step checked": lambda rtol: ti.Picard(rtol=rtol, check_every=4),
     "picard, extrapolated every 8th step": lambda rtol: ti.Picard(rtol=rtol, extrapolate_every=8),
-    "picard, extrapolated every 10th step": lambda rtol: ti.Picard(rtol=rtol, extrapolate_every=10),
     "picard, extrapolated every 12th step": lambda rtol: ti.Picard(rtol=rtol, extrapolate_every=12),
-    "picard, extrapolated every 16th step": lambda rtol: ti.Picard(rtol=rtol, extrapolate_every=16),
-    "preconditioned, every 6th step checked": lambda rtol: ti.PreconditionedPicard(rtol=rtol, check_every=6),
+    "preconditioned, every 5th step checked": lambda rtol: ti.PreconditionedPicard(rtol=rtol, check_every=5),
+    "preconditioned, every 7th step checked": lambda rtol: ti.PreconditionedPicard(rtol=rtol, check_every=7),
     "preconditioned, every 12th step checked": lambda rtol: ti.PreconditionedPicard(rtol=rtol, check_every=12),
 }
 """Solvers of compiled loops."""
