@@ -4,14 +4,16 @@ import copy
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 import torchimplicit as ti
-from torchimplicit import Status
-from torchimplicit.nn import _compiled, _extension
+from torchimplicit import Status, _extension
+from torchimplicit.nn import _compiled
+from torchimplicit.nn._shifted_tanh import shifted_tanh
 
 N = 20
 ERROR = 4.0
@@ -63,14 +65,15 @@ def looped(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     class Watched:
         def __getattr__(self, name: str) -> object:
             seen.append(name)
-            return getattr(_extension.tanh_loops(), name)
+            return getattr(tanh_loops(), name)
 
+    tanh_loops = _compiled.tanh_loops
     monkeypatch.setattr(_compiled, "tanh_loops", Watched)
     return seen
 
 
 def test_tanh_is_as_near_as_it_says() -> None:
-    tanh = _extension.tanh_loops().tanh
+    tanh = _compiled.tanh_loops().tanh
     bits = torch.arange(0x30000000, 0x41300000, 101, dtype=torch.int32)  # 5e-10 to 11
     p = torch.cat((bits.view(torch.float32), torch.tensor([0.0, 1e-30, 50.0, torch.inf])))
     for sign in (1.0, -1.0):
@@ -261,6 +264,130 @@ def test_newton_goes_on_where_the_plain_steps_end(looped: list[str]) -> None:
     torch.testing.assert_close(x.grad, dense_gradients(layer, found.value, v)[1], rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "linear",
+    [
+        {"linear_solver": ti.GMRES(restart=6, max_steps=18)},
+        {"linear_solver": ti.Cascade(dense_limit=0), "forcing": 0.03},
+        {"linear_solver": ti.Cascade(dense_limit=0), "atol": 1e-3},
+        {},
+    ],
+    ids=["restarted", "forced", "absolute", "default"],
+)
+def test_newtons_steps_for_the_few_that_are_left(
+    dtype: torch.dtype, linear: dict[str, Any], looped: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    solver = ti.NewtonKrylov(warmup=12, check_every=12, **linear)
+    layer = make(radius=0.97, solver=solver, adjoint=ti.Implicit(rtol=1e-5), dtype=dtype)
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("the loop left something")
+
+    x = draw(8, N, dtype=dtype)
+    x[:5] *= 0.02  # nearly linear: these are slow
+    with monkeypatch.context() as patch:
+        patch.setattr(_compiled, "_finish", refuse)
+        found = layer.solve(x)
+    assert looped == ["solution"] and bool(found.converged.all())
+    assert 13 <= int(found.steps.max()) <= 22 and found.evaluations >= int(found.steps.max())
+    true = true_residual(layer, found.value, x)
+    value = torch.linalg.vector_norm(found.value.detach().double(), dim=1)
+    limit = (torch.finfo(dtype).eps ** (2 / 3) + 2 * torch.finfo(dtype).eps) * value
+    if solver.atol is not None:
+        limit = limit + solver.atol * N**0.5
+    assert bool((true <= limit).all())
+    torch.testing.assert_close(found.residual.double(), true / N**0.5, rtol=0.1, atol=2 * torch.finfo(dtype).eps)
+
+
+def test_what_newtons_steps_cannot_do_is_done_as_ever() -> None:
+    solver = ti.NewtonKrylov(warmup=12, check_every=12)
+    many = 24  # more than are solved one by one
+    for radius, batch in ((0.97, many), (4.0, 6)):
+        layer = make(radius=radius, solver=solver, on_failure="ignore")
+        x = 0.1 * draw(batch, N)
+        found, true = layer.solve(x), twin(layer).solve(x)
+        assert found.status.tolist() == true.status.tolist()
+        done = found.converged
+        assert bool(done.any())
+        assert float(true_residual(layer, found.value[done], x[done]).max()) < 1e-8
+        if radius < 1:  # elsewhere there may be several
+            torch.testing.assert_close(found.value, true.value, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("batch", [1, 7, 40])
+@pytest.mark.parametrize("every", [None, 4])
+def test_mixed_precision(batch: int, every: int | None, looped: list[str]) -> None:
+    series = ti.Neumann(mixed_precision=True)
+    solver = ti.Picard(mixed_precision=True, check_every=every or 1, extrapolate_every=every)
+    layer = make(dtype=torch.float32, solver=solver, adjoint=ti.Implicit(linear_solver=series))
+    x, v = draw(batch, N, dtype=torch.float32).requires_grad_(), draw(batch, N, dtype=torch.float32, seed=2)
+    found = layer.solve(x)
+    assert bool(found.converged.all())
+    true = true_residual(layer, found.value, x)
+    value = torch.linalg.vector_norm(found.value.detach().double(), dim=1)
+    assert bool((true <= torch.finfo(torch.float32).eps ** (2 / 3) * 1.01 * value).all())
+    torch.testing.assert_close(found.residual.double(), true / N**0.5, rtol=0.1, atol=2e-7)
+    found.value.backward(v)
+    assert looped == ["solution", "gradient"]
+    exact = twin(layer).double().solve(x.detach().double()).value
+    assert layer.linear.weight.grad is not None and x.grad is not None
+    for grad, dense in zip((layer.linear.weight.grad, x.grad), dense_gradients(layer, exact, v), strict=True):
+        assert float((grad - dense).norm() / dense.norm()) < 1e-4
+    report = found.adjoint
+    assert report.residual is not None and float(report.residual.max()) <= 2.5e-5
+    # With nothing but bfloat16 the residual would be a thousand times as large.
+    double = make(solver=solver, adjoint=ti.Implicit(linear_solver=series))
+    assert float(true_residual(double, double(x.detach().double()), x).max()) < 1e-9
+
+
+def test_mixed_precision_where_it_does_not_converge(looped: list[str]) -> None:
+    solver = ti.Picard(mixed_precision=True)
+    layer = make(radius=3.0, dtype=torch.float32, solver=solver, max_steps=200, on_failure="ignore")
+    x = draw(8, N, dtype=torch.float32)
+    x[:3] *= 30.0
+    x[3] = torch.nan
+    found, true = layer.solve(x), twin(layer).solve(x)
+    assert looped == ["solution"]
+    assert bool(found.converged[:3].all()) and int(found.status[3]) == int(Status.NONFINITE)
+    assert found.converged.tolist() == true.converged.tolist()
+    done = found.converged
+    assert bool((true_residual(layer, found.value[done], x[done]) < 1e-4).all())
+
+
+def test_a_tiny_gradient_is_not_taken_for_zero() -> None:
+    for dtype, size in ((torch.float64, 1e-200), (torch.float32, 1e-30)):
+        layer = make(solver=None, dtype=dtype)
+        x = draw(3, N, dtype=dtype).requires_grad_()
+        v = draw(3, N, dtype=dtype, seed=2)
+        (true,) = torch.autograd.grad(layer(x), x, v)
+        (tiny,) = torch.autograd.grad(layer(x), x, v * size)
+        torch.testing.assert_close(tiny / size, true, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("weight", ["small", "large", "defective"])
+def test_the_matrix_of_the_shifted_steps(weight: str) -> None:
+    """In single precision it is a series, where that converges fast enough."""
+    n = 30
+    matrix = torch.randn(n, n, generator=torch.Generator().manual_seed(0)) / n**0.5
+    if weight == "large":
+        matrix = 20 * matrix
+    if weight == "defective":  # not normal: powers grow before they fall
+        matrix = torch.diag_embed(torch.full((n - 1,), 8.0), offset=1) + 0.5 * torch.eye(n)
+    for dtype in (torch.float32, torch.float64):
+        w = matrix.to(dtype)
+        product, shift = _compiled.tanh_loops().shifted(w)
+        expected = shifted_tanh(w)
+        assert expected is not None
+        assert shift == pytest.approx(expected.shift, rel=1e-4)
+        true = torch.linalg.solve(torch.eye(n, dtype=torch.float64) - shift * w.double(), w.double()).T
+        assert float((product - true).norm() / true.norm()) < 50 * torch.finfo(dtype).eps
+    zero, shift = _compiled.tanh_loops().shifted(torch.zeros(3, 3))
+    assert shift == 0.5 and not bool(zero.any())
+    for bad in (torch.nan, torch.inf):
+        assert _compiled.tanh_loops().shifted(torch.full((3, 3), bad))[0] is None
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -317,7 +444,7 @@ def test_a_parametrized_weight_learns() -> None:
 
 
 def test_no_compiler_is_a_clear_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(_compiled, "tanh_loops", _extension.tanh_loops.__wrapped__)
+    monkeypatch.setattr(_compiled, "tanh_loops", _compiled.tanh_loops.__wrapped__)
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(RuntimeError, match=r"C\+\+ compiler.*CXX.*leave compiled=True out.*no-such-compiler"):
@@ -336,14 +463,16 @@ def test_no_compiler_is_a_clear_error(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 def test_what_was_compiled_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """In a folder of the user's, under a name that another source does not have."""
-    source = tmp_path / "_one.cpp"
-    source.write_text("int one() { return 1; }\n")
+    source = tmp_path / "_one"
+    source.mkdir()
+    (source / "operators.cpp").write_text('#include "one.h"\n')
+    (source / "one.h").write_text("int one() { return 1; }\n")
     monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    made = _extension.library(source, _extension._folder())
+    made = _extension.library(source, _extension.library_folder())
     assert made.parent == tmp_path / "cache" / "torchimplicit" and made.exists()
     when = made.stat().st_mtime_ns
     assert _extension.library(source, made.parent) == made and made.stat().st_mtime_ns == when
-    source.write_text("int one() { return 2; }\n")
+    (source / "one.h").write_text("int one() { return 2; }\n")
     assert _extension.library(source, made.parent) != made
     assert len(list(made.parent.iterdir())) == 2

@@ -6,6 +6,8 @@ not converge, gradients of gradients, transforms, other solvers and adjoints.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,16 +17,28 @@ from torch.autograd import forward_ad
 from .._adjoint import Adjoint, Implicit
 from .._call import run
 from .._eagerly import eagerly
+from .._extension import operators
 from .._profile import span
 from .._report import OnFailure, call_site, report_failures, undetected
 from .._solution import AdjointReport, Solution, Status
 from .._system import batched, transformed
 from ..solvers import Method, Picard
 from ._compiled_plan import Plan, plan_for
-from ._extension import tanh_loops
 
+LOOPS = Path(__file__).with_name("_tanh_loops")
+"""The source of the loops."""
 Form = tuple[Tensor | None, float]
 """`Pᵀ` and c of `ShiftedTanh`, whose steps are taken then; None for plain ones."""
+
+
+@cache
+def tanh_loops() -> Any:
+    """The loops, compiled.
+
+    Raises:
+        RuntimeError: there is no compiler, or it fails.
+    """
+    return operators(LOOPS, "torchimplicit_tanh_loops", "TanhEquilibrium(compiled=True)", "leave compiled=True out")
 
 
 def at_once(

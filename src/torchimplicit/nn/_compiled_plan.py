@@ -23,9 +23,10 @@ _ADJOINT_STEPS, _ADJOINT_PATIENCE, _ADJOINT_PROGRESS = 500, 48, 0.7
 _METHODS = (Picard, PreconditionedPicard, Newton, NewtonKrylov)
 
 
-Pace = tuple[int, int, bool, int, float]
-"""Steps at most; steps from one look to the next; whether plain steps are extrapolated after each of these blocks; and
-steps after which the best residual of a sample must have fallen, by which factor."""
+Pace = tuple[int, int, bool, bool, int, float]
+"""Steps at most; steps from one look to the next; whether plain steps are extrapolated after each of these blocks;
+whether all but the looks are in bfloat16; and steps after which the best residual of a sample must have fallen, by
+which factor."""
 
 
 Krylov = tuple[int, int, float, float]
@@ -80,7 +81,7 @@ def _made(solver: Method | None, adjoint: Implicit, max_steps: int | None, n: in
         return None
     linear = adjoint.linear_solver or Cascade()
     series = linear.neumann if isinstance(linear, Cascade) else linear
-    if not isinstance(series, Neumann) or series.mixed_precision:
+    if not isinstance(series, Neumann):
         return None
     rest, resumes, preconditioned = solver, False, False
     if solver is None:
@@ -96,9 +97,15 @@ def _made(solver: Method | None, adjoint: Implicit, max_steps: int | None, n: in
         rest, resumes = replace(solver, warmup=0), True
     else:
         return None
+    single = dtype == torch.float32
+    mixed = solver.mixed_precision and single
+    if mixed:
+        if preconditioned or resumes:
+            return None
+        block = block if block > 1 else _BLOCK
     steps = most if max_steps is None else min(most, max_steps)
     steps -= steps % block
-    if solver.mixed_precision or solver.norm not in ("rms", "two") or not steps:
+    if solver.norm not in ("rms", "two") or not steps:
         return None
     look = _CORRECTIONS if preconditioned and adjoint.linear_solver is None else series.look_every
     if (extrapolate and block < 2) or look < 3:
@@ -113,9 +120,10 @@ def _made(solver: Method | None, adjoint: Implicit, max_steps: int | None, n: in
     above = 1 + 4 * eps
     limits = rtol, atol * above, eps * above if solver.atol is None else 0.0
     backward_rtol = max(eps ** (2 / 3) if adjoint.rtol is None else adjoint.rtol, 4 * eps)
+    products = min(_ADJOINT_STEPS, series.max_steps)
     return Plan(
-        forward=(steps, block, extrapolate, solver.patience, solver.progress),
-        backward=(min(_ADJOINT_STEPS, series.max_steps), look, True, _ADJOINT_PATIENCE, _ADJOINT_PROGRESS),
+        forward=(steps, block, extrapolate, mixed, solver.patience, solver.progress),
+        backward=(products, look, True, series.mixed_precision and single, _ADJOINT_PATIENCE, _ADJOINT_PROGRESS),
         unit=unit,
         limits=limits,
         rtol=backward_rtol,

@@ -21,7 +21,6 @@ def play(
     same: Sequence[Contender] = (),
     curves: bool = False,
     layer: bool = False,
-    compiled: bool = False,
 ) -> Measurement:
     """Search the tolerances of both sides, race the two winners, verify them once more, and keep the evidence.
 
@@ -31,8 +30,8 @@ def play(
         repeats: rounds of the race.
         same: contenders of ours that use the peer's own method, for comparison.
         curves: whether to measure the time of the winners' forward passes against the residual, too.
-        layer: whether the layer that we have for the cell may stand for ours, where it is quicker than the plain cell.
-        compiled: whether that layer may be compiled.
+        layer: whether the layer that we have for the cell may stand for ours, where it is quicker than the plain cell;
+            also with its compiled loops.
 
     Raises:
         RuntimeError: if a side meets the bounds at no tolerance.
@@ -50,7 +49,7 @@ def play(
         best = alike
     if theirs is None or best is None:
         raise RuntimeError(f"{'the peer' if theirs is None else 'ours'}: no tolerance meets the bounds")
-    layers = ours.layers(problem, compiled) if layer else ()
+    layers = ours.layers(problem) if layer else ()
     layered, layer_trials = find_best(reference, layers)
     contenders = {c.label: c for c in (*(c for group in peers for c in group), *everything, *same, *layers)}
 

@@ -1,6 +1,6 @@
 """Our contenders: each solver with the adjoints that suit it, on a plain cell."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -44,14 +44,26 @@ COMPILED: dict[str, MakeMethod] = {
     "preconditioned, every 7th step checked": lambda rtol: ti.PreconditionedPicard(rtol=rtol, check_every=7),
     "preconditioned, every 12th step checked": lambda rtol: ti.PreconditionedPicard(rtol=rtol, check_every=12),
 }
-"""Solvers of compiled loops."""
+COMPILED_LARGE: dict[str, MakeMethod] = {
+    "picard, every 9th step checked, mixed precision": lambda rtol: ti.Picard(
+        rtol=rtol, check_every=9, mixed_precision=True
+    ),
+    "picard, every 16th step checked, mixed precision": lambda rtol: ti.Picard(
+        rtol=rtol, check_every=16, mixed_precision=True
+    ),
+}
+"""Solvers of compiled loops, where a step takes no longer than a look and where it does."""
 MIXED = Cascade(neumann=ti.Neumann(slowest=0.97, mixed_precision=True))
+MIXED_SELDOM = Cascade(neumann=ti.Neumann(slowest=0.97, mixed_precision=True, first_look=10, look_every=10))
 SELDOM = Cascade(neumann=ti.Neumann(slowest=0.93, first_look=20, look_every=20))
 ADJOINTS: dict[str, MakeAdjoint] = {
     "implicit": lambda rtol: ti.Implicit(rtol=rtol),
     "implicit, GMRES": lambda rtol: ti.Implicit(rtol=rtol, linear_solver=ti.GMRES()),
     "implicit, every 20th product checked": lambda rtol: ti.Implicit(rtol=rtol, linear_solver=SELDOM),
     "implicit, mixed precision": lambda rtol: ti.Implicit(rtol=rtol, linear_solver=MIXED),
+    "implicit, every 10th product checked, mixed precision": lambda rtol: ti.Implicit(
+        rtol=rtol, linear_solver=MIXED_SELDOM
+    ),
     "implicit, reuse": lambda rtol: ti.Implicit(rtol=rtol, reuse=True),
 }
 
@@ -59,7 +71,7 @@ ADJOINTS: dict[str, MakeAdjoint] = {
 def same_name(problem: Problem, solver: str) -> tuple[Contender, ...]:
     """Our solver of a name ("picard", "anderson", "broyden") with each adjoint that can follow it."""
     solvers = [name for name in SOLVERS if name.partition(",")[0] == solver and "24th" not in name]
-    adjoints = [name for name in ADJOINTS if "20th" not in name and (solver != "picard" or "reuse" not in name)]
+    adjoints = [name for name in ADJOINTS if "0th" not in name and (solver != "picard" or "reuse" not in name)]
     pairs = [(s, a) for s in solvers for a in adjoints if ("mixed" in s) == ("mixed" in a)]
     return _contenders(problem, pairs + (_seldom(problem) if solver == "picard" else []))
 
@@ -127,12 +139,10 @@ def _runner(problem: Problem, solver: Method, adjoint: ti.Implicit) -> Runner:
     )
 
 
-def layers(problem: Problem, compiled: bool = False) -> tuple[Contender, ...]:
-    """`TanhEquilibrium`, which knows its Jacobian, with each solver that may be the quickest; for tanh cells only.
+def layers(problem: Problem) -> tuple[Contender, ...]:
+    """`TanhEquilibrium`, which knows its Jacobian and has compiled loops, with each solver that may be the quickest.
 
-    Args:
-        problem: with the cell.
-        compiled: whether the loops may be compiled: against peers that are.
+    For tanh cells only.
     """
     if not isinstance(problem.cell, TanhCell):
         return ()
@@ -140,13 +150,14 @@ def layers(problem: Problem, compiled: bool = False) -> tuple[Contender, ...]:
     pairs = [(name, "implicit, mixed precision" if "mixed" in name else "implicit") for name in quick]
     pairs += _seldom(problem)
     plain = [_layer(problem, solver, adjoint) for solver, adjoint in pairs]
-    if not compiled or problem.x.numel() > _CHEAP:
-        return tuple(plain)
-    return (*plain, *(_layer(problem, solver, "implicit", compiled=True) for solver in COMPILED))
+    if problem.x.numel() <= _CHEAP:
+        return (*plain, *(_layer(problem, solver, "implicit", COMPILED) for solver in COMPILED))
+    adjoint = "implicit, every 10th product checked, mixed precision"
+    return (*plain, *(_layer(problem, solver, adjoint, COMPILED_LARGE) for solver in COMPILED_LARGE))
 
 
-def _layer(problem: Problem, solver: str, adjoint: str, compiled: bool = False) -> Contender:
-    methods = COMPILED if compiled else SOLVERS
+def _layer(problem: Problem, solver: str, adjoint: str, compiled: Mapping[str, MakeMethod] | None = None) -> Contender:
+    methods = SOLVERS if compiled is None else compiled
 
     def make(forward: float, backward: float, _: Counts | None) -> Runner:
         layer = ti.nn.TanhEquilibrium(
@@ -154,7 +165,7 @@ def _layer(problem: Problem, solver: str, adjoint: str, compiled: bool = False) 
             solver=methods[solver](forward),
             adjoint=ADJOINTS[adjoint](backward),
             on_failure="ignore",
-            compiled=compiled,
+            compiled=compiled is not None,
         )
         layer.linear.weight = problem.cell.weight
         return torch_runner(
@@ -164,7 +175,7 @@ def _layer(problem: Problem, solver: str, adjoint: str, compiled: bool = False) 
             {"solver": repr(layer.solver)},
         )
 
-    name = "TanhEquilibrium(compiled=True)" if compiled else "TanhEquilibrium"
+    name = "TanhEquilibrium" if compiled is None else "TanhEquilibrium(compiled=True)"
     return Contender(f"{name}: {solver}; {adjoint}", make)
 
 

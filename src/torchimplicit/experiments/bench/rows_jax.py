@@ -18,7 +18,7 @@ PEERS: dict[str, tuple[Callable[[Problem], Sequence[Contender]], tuple[str, ...]
 def measure(peer: str, problem_name: str, radius: float, settings: Settings) -> Measurement:
     """Our best against the peer's best under jit, both warm: `TanhEquilibrium` is ours, compiled if that is quicker."""
     problem = make_problem(problem_name, radius, settings.seed)
-    return play(problem, [PEERS[peer][0](problem)], settings.repeats, layer=True, compiled=True)
+    return play(problem, [PEERS[peer][0](problem)], settings.repeats, layer=True)
 
 
 def _row(peer: str, problem: str, radius: float) -> Row:

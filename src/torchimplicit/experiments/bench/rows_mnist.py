@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from torchimplicit._extension import library
 from torchimplicit.experiments.bench.epochs import (
     BATCH,
     FEATURES,
@@ -26,7 +27,7 @@ from torchimplicit.experiments.bench.row import Measurement, Row, Settings
 from torchimplicit.experiments.bench.timing import Tally, Weights, paired_ratio, race
 from torchimplicit.experiments.data import Digits, load_digits
 from torchimplicit.experiments.recipe import make_model
-from torchimplicit.nn._extension import TANH_LOOPS, library
+from torchimplicit.nn._compiled import LOOPS
 
 TOLERANCE = 1e-4
 """The notebook's: the Frobenius norm of `f(z) − z` over a batch."""
@@ -131,7 +132,7 @@ def _seconds_to_compile() -> float:
     """How long it takes to compile the loops of our layer on a machine that does not have them yet."""
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        library(TANH_LOOPS, Path(folder))
+        library(LOOPS, Path(folder))
     return time.perf_counter() - began
 
 

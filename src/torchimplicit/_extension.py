@@ -1,6 +1,6 @@
-"""C++ source of this package, compiled on the machine where it is used, when it is first used.
+"""C++ sources of this package, compiled on the machine where they are used, when they are first used.
 
-The compiled library is kept for the next process, under a name that says all that it depends on.
+A compiled library is kept for the next process, under a name that says all that it depends on.
 """
 
 import os
@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -25,26 +24,29 @@ _VECTORS = {
 _COMPILERS = ("c++", "g++", "clang++")
 _TOLD = 2000
 """Characters of a compiler's last words."""
-TANH_LOOPS = Path(__file__).with_name("_tanh_loops.cpp")
 
 
-@cache
-def tanh_loops() -> Any:
-    """The operators of `_tanh_loops.cpp`.
+def operators(source: Path, namespace: str, what: str, without: str) -> Any:
+    """The operators that a source registers.
+
+    Args:
+        source: a folder with `operators.cpp`, and with all that it includes but torch's headers.
+        namespace: of the operators.
+        what: for an error, what asks for them.
+        without: for an error, what to do where they cannot be had.
 
     Raises:
         RuntimeError: there is no compiler, or it fails.
     """
     try:
-        torch.ops.load_library(str(library(TANH_LOOPS, _folder())))
+        torch.ops.load_library(str(library(source, library_folder())))
     except (OSError, subprocess.CalledProcessError) as error:
         output = error.stderr[-_TOLD:] if isinstance(error, subprocess.CalledProcessError) else ""
         raise RuntimeError(
-            "TanhEquilibrium(compiled=True): the loops could not be compiled, which takes a C++ compiler "
-            f"({', '.join(_COMPILERS)}, or the one that the environment variable CXX names); leave compiled=True out. "
-            f"({type(error).__name__}: {error} {output})"
+            f"{what}: this could not be compiled, which takes a C++ compiler ({', '.join(_COMPILERS)}, or the one that "
+            f"the environment variable CXX names); {without}. ({type(error).__name__}: {error} {output})"
         ) from error
-    return torch.ops.torchimplicit_tanh_loops
+    return getattr(torch.ops, namespace)
 
 
 def library(source: Path, folder: Path) -> Path:
@@ -58,17 +60,27 @@ def library(source: Path, folder: Path) -> Path:
     vectors = _VECTORS.get(torch.backends.cpu.get_cpu_capability(), ())
     flags = [*_FLAGS, *vectors, f"-isystem{torch_dir / 'include'}", f"-L{torch_dir / 'lib'}"]
     compiler = _compiler()
-    parts = (source.read_text("utf-8"), torch.__version__, sys.platform, *compiler, *flags)
-    name = f"{source.stem.lstrip('_')}-{sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
+    texts = [path.read_text("utf-8") for path in sorted(source.iterdir()) if path.suffix in (".h", ".cpp")]
+    parts = (*texts, torch.__version__, sys.platform, *compiler, *flags)
+    name = f"{source.name.lstrip('_')}-{sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
     made = folder / name
     if not made.exists():
         # Who compiles at the same time writes to another file, and the last one to be ready has its name.
         with tempfile.TemporaryDirectory(dir=folder) as work:
             out = Path(work) / name
-            command = [*compiler, *flags, str(source), "-o", str(out), "-ltorch_cpu", "-lc10"]
+            command = [*compiler, *flags, str(source / "operators.cpp"), "-o", str(out), "-ltorch_cpu", "-lc10"]
             subprocess.run(command, check=True, capture_output=True, text=True)
             out.replace(made)
     return made
+
+
+def library_folder() -> Path:
+    """Where libraries are kept: torch's folder for extensions if the user named one, else one in the user's cache."""
+    named = os.environ.get("TORCH_EXTENSIONS_DIR")
+    cache_dir = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(named) if named else Path(cache_dir) / "torchimplicit"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def _compiler() -> list[str]:
@@ -79,12 +91,3 @@ def _compiler() -> list[str]:
         if shutil.which(name):
             return [name]
     raise FileNotFoundError("none was found")
-
-
-def _folder() -> Path:
-    """Where libraries are kept: torch's folder for extensions if the user named one, else one in the user's cache."""
-    named = os.environ.get("TORCH_EXTENSIONS_DIR")
-    cache_dir = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(named) if named else Path(cache_dir) / "torchimplicit"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
