@@ -2,6 +2,7 @@
 
 import copy
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torchimplicit import Status, _extension
 from torchimplicit.nn import _compiled
 from torchimplicit.nn._shifted_tanh import shifted_tanh
 
+pytestmark = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler")
 N = 20
 ERROR = 4.0
 """Rounding units that the loops allow their tanh."""

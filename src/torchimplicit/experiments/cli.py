@@ -138,6 +138,14 @@ def train_mnist(
         int | None,
         typer.Option(help="Steps a sample may take.", show_default="the solver's own", rich_help_panel=SOLVER),
     ] = None,
+    compiled: Annotated[
+        bool,
+        typer.Option(
+            "--compiled",
+            help="Solve by compiled loops, in half of the time; takes a C++ compiler. For picard and newton.",
+            rich_help_panel=SOLVER,
+        ),
+    ] = False,
     jacobian_penalty: Annotated[
         float,
         typer.Option(
@@ -220,6 +228,7 @@ def train_mnist(
             device=device,
             threads=threads,
             precision=precision,
+            compiled=compiled,
         )
         if checkpoint_every < 1:
             raise ExperimentError(f"--checkpoint-every: must be at least 1, not {checkpoint_every}")

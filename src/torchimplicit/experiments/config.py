@@ -68,7 +68,7 @@ class TrainConfig:
 
     `tolerance` is the notebook's: the Frobenius norm of `f(z) - z` over one batch.
     `max_steps=None` leaves the limit to the library, `threads=None` to torch. `jacobian_penalty` is the weight of
-    `ti.jacobian_penalty` in the loss.
+    `ti.jacobian_penalty` in the loss, `compiled` that of `TanhEquilibrium`.
     """
 
     layer: str = "picard"
@@ -84,6 +84,7 @@ class TrainConfig:
     device: str = "cpu"
     threads: int | None = None
     precision: str = "float32"
+    compiled: bool = False
 
     def __post_init__(self) -> None:
         check_layer(self.layer)
@@ -103,6 +104,15 @@ class TrainConfig:
             )
         if self.jacobian_penalty and self.layer == "explicit":
             raise ExperimentError("--jacobian-penalty: the explicit twin solves nothing; leave it out")
+        if self.compiled and self.layer not in ("picard", "newton"):
+            raise ExperimentError(
+                f"--compiled: there are compiled loops for picard and newton, not for {self.layer}; leave it out"
+            )
+        if self.compiled and (self.precision != "float32" or self.device != "cpu"):
+            raise ExperimentError(
+                f"--compiled: the loops compute in float32 on the cpu, not in {self.precision} on {self.device}; "
+                "leave it out"
+            )
         if not 0 <= self.seed < 2**31:
             raise ExperimentError(f"--seed: must be between 0 and {2**31 - 1}, not {self.seed}")
 

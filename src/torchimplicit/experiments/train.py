@@ -78,6 +78,7 @@ def train(job: Job, reporter: Reporter) -> tuple[nn.Sequential, list[dict[str, A
         max_steps=config.max_steps,
         features=config.width,
         precision=config.precision,
+        compiled=config.compiled,
     ).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=config.lr)
     scheme = Scheme.of(config.precision, config.device, world, config.jacobian_penalty)

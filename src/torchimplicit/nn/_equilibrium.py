@@ -175,13 +175,14 @@ class TanhEquilibrium(FixedPoint):
         on_failure: `"warn"`, `"raise"` or `"ignore"`.
         init: as in `FixedPoint`; None starts from zero.
         depth: as in `FixedPoint`.
-        compiled: the forward and the backward pass are one compiled loop each, quicker where a step is cheap
-            (CPU, float32 and float64). The first call of each takes `torch.compile` some ten seconds, once for all
-            batch sizes, and a C++ compiler. The steps are those of `Picard`, extrapolated after every block: `solver`
-            may be None, which is blocks of eight steps; a `Picard` without damping, whose `extrapolate_every`, or
-            `check_every`, is the block; or a Newton method with a `warmup`, whose plain steps these are. The adjoint
-            solver is `Neumann`, alone or in its `Cascade`. Samples that the loop does not solve, and all else, are
-            solved as without: there is nothing that it changes but the time, and values within the tolerance.
+        compiled: the forward and the backward pass are one call of a C++ loop each, quicker where a step is cheap
+            (CPU, float32 and float64). The first call on a machine compiles them, which takes a C++ compiler and some
+            ten seconds. `solver` may be None, which is the steps of `PreconditionedPicard` up to 256 unknowns, and
+            extrapolated ones of `Picard` above, looked at after every eighth; `PreconditionedPicard`; `Picard` without
+            damping, also with `mixed_precision`, looked at as its `extrapolate_every`, or `check_every`, says; or a
+            Newton method with a `warmup`, which is plain steps, and GMRES for the few samples that these leave. The
+            adjoint solver is `Neumann`, alone or in its `Cascade`. Samples that the loop does not solve, and all else,
+            are solved as without: there is nothing that it changes but the time, and values within the tolerance.
         device: of W.
         dtype: of W.
     """
