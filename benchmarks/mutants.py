@@ -36,6 +36,7 @@ TESTS = (
     "test_tangent",
     "test_mixed_refinement",
     "test_preconditioned",
+    "test_compiled_layer",
 )
 """For the rules; a mistake elsewhere shows in the last ones, which are then run first."""
 LIMIT = 600
@@ -514,6 +515,178 @@ MUTANTS = [
         "if self.tape is None:\n                return AutogradJacobian",
         "if True:\n                return AutogradJacobian",
     ),
+    # The compiled loops.
+    Mutant("compiled: residual of the quotient", "nn/_tanh_loops/operators.cpp", "rtol -= kTanhError * eps;", ""),
+    Mutant(
+        "compiled: no absolute tolerance",
+        "nn/_tanh_loops/operators.cpp",
+        "std::max(atol + atol_first * first[i], tiny)",
+        "tiny",
+    ),
+    Mutant(
+        "compiled: a residual need not fall",
+        "nn/_tanh_loops/operators.cpp",
+        "return norm < fallen && norm",
+        "return norm",
+    ),
+    Mutant("compiled: rounding counts as solved", "nn/_tanh_loops/operators.cpp", " && eps * two(z, n) <= fallen", ""),
+    Mutant(
+        "compiled: nobody is done at the start",
+        "nn/_tanh_loops/operators.cpp",
+        "passed[i] = first[i] < atols[i] + rtol * two(std::as_const(value).at(i), n);",
+        "passed[i] = false;",
+    ),
+    Mutant(
+        "compiled: adjoint: no slope at the end",
+        "nn/_tanh_loops/operators.cpp",
+        "o[i] = (T(1) - f[i] * f[i]) * u[i];",
+        "o[i] = u[i];",
+    ),
+    Mutant(
+        "compiled: adjoint: W is not transposed",
+        "nn/_tanh_loops/operators.cpp",
+        "at::mm(of_x.t(), z)",
+        "at::mm(z.t(), of_x)",
+    ),
+    Mutant(
+        "compiled: adjoint: underflow counts as zero",
+        "nn/_tanh_loops/operators.cpp",
+        "target[i] = lost ? -1.0 : rtol * size;",
+        "target[i] = rtol * size;",
+    ),
+    Mutant(
+        "compiled: zero start without looking",
+        "nn/_tanh_loops/operators.cpp",
+        "[](T number) { return number == 0; }",
+        "[](T) { return true; }",
+    ),
+    Mutant(
+        "compiled: samples of another row", "nn/_tanh_loops/loop.h", "rows[j] = rows[kept[j]];", "rows[j] = rows[j];"
+    ),
+    Mutant(
+        "compiled: who is given up is done",
+        "nn/_tanh_loops/loop.h",
+        "done_out[row.sample] = done;",
+        "done_out[row.sample] = true;",
+    ),
+    Mutant("compiled: nobody is given up", "nn/_tanh_loops/loop.h", "given_up += !done;", ""),
+    Mutant(
+        "compiled: stuck for ever",
+        "nn/_tanh_loops/loop.h",
+        "const bool goes = !done && !stuck && std::isfinite(row.norm);",
+        "const bool goes = !done && std::isfinite(row.norm);",
+    ),
+    Mutant("compiled: adjoint: v at each step", "nn/_tanh_loops/steps.h", "return t[i] + vs[i];", "return t[i];"),
+    Mutant(
+        "compiled: rows stay where they are",
+        "nn/_tanh_loops/rows.h",
+        "std::as_const(*this).at(kept[j]), n * sizeof(T));\n    now_",
+        "std::as_const(*this).at(j), n * sizeof(T));\n    now_",
+    ),
+    Mutant(
+        "compiled: x of another row",
+        "nn/_tanh_loops/steps.h",
+        "void keep(const std::vector<int64_t>& kept) { x.keep(kept); }",
+        "void keep(const std::vector<int64_t>&) {}",
+    ),
+    Mutant("compiled: extrapolation without its end", "nn/_tanh_loops/steps.h", "if (worse) off_[row] = 1;", ""),
+    Mutant(
+        "compiled: extrapolation of another row", "nn/_tanh_loops/steps.h", "off_[j] = off_[kept[j]];", "off_[j] = 0;"
+    ),
+    Mutant("compiled: shifted: no shift back", "nn/_tanh_loops/shifted.h", "return z[i] + c * b[i];", "return z[i];"),
+    Mutant(
+        "compiled: shifted: value by P",
+        "nn/_tanh_loops/shifted.h",
+        "at::mm_out(b_.tensor(), z_.tensor(), transposed_);",
+        "",
+    ),
+    Mutant(
+        "compiled: shifted: adjoint without its first term",
+        "nn/_tanh_loops/shifted.h",
+        "return u[i] + (q[i] + r[i]);",
+        "return u[i] + r[i];",
+    ),
+    Mutant(
+        "compiled: series cut short",
+        "nn/_tanh_loops/form.h",
+        "const Tensor all = at::addmm(at::add(low, high), low, high);",
+        "const Tensor all = at::add(low, high);",
+    ),
+    Mutant(
+        "compiled: series not checked", "nn/_tanh_loops/form.h", "if (!(left <= 1e-6 * whole)) return std::nullopt;", ""
+    ),
+    Mutant(
+        "compiled: mixed: judged in reduced precision",
+        "nn/_tanh_loops/mixed.h",
+        "map_(z_, value_);",
+        "for (int64_t i = 0; i < numbers; ++i) value[i] = z[i];",
+    ),
+    Mutant(
+        "compiled: mixed: no slope", "nn/_tanh_loops/mixed.h", "low[i] = low_of(d[i] * e[i]);", "low[i] = low_of(e[i]);"
+    ),
+    Mutant(
+        "compiled: mixed: the last term alone",
+        "nn/_tanh_loops/mixed.h",
+        "z[i] += residual[i] + d[i] * full_of(image[i]);",
+        "z[i] += d[i] * full_of(image[i]);",
+    ),
+    Mutant(
+        "compiled: mixed: slope of the start",
+        "nn/_tanh_loops/mixed.h",
+        "map_.begin(value_);",
+        "if (false) map_.begin(value_);",
+    ),
+    Mutant(
+        "compiled: Newton: any step is taken",
+        "nn/_tanh_loops/newton.h",
+        "if (!(after <= (1 - 1e-4) * before)) return {step, false};",
+        "if (false) return {step, false};",
+    ),
+    Mutant("compiled: Newton: all are solved", "nn/_tanh_loops/newton.h", "found.clean = found.clean && done[i];", ""),
+    Mutant(
+        "compiled: Newton: Givens' sine",
+        "nn/_tanh_loops/newton.h",
+        "h(j + 1, k) = cosine_[j] * lower - sine_[j] * upper;",
+        "h(j + 1, k) = cosine_[j] * lower + sine_[j] * upper;",
+    ),
+    Mutant(
+        "compiled: Newton: restart from the right side",
+        "nn/_tanh_loops/newton.h",
+        "residual_[i] = right_side_[i] - (delta_[i] - slope_[i] * image[i]);",
+        "residual_[i] = right_side_[i];",
+    ),
+    Mutant(
+        "compiled: tanh: a slope where there is none",
+        "nn/_tanh_loops/tanh.h",
+        "return p > kOne ? 1.0f : (p < -kOne ? -1.0f : inside);",
+        "return inside;",
+    ),
+    Mutant(
+        "compiled: dead samples have a gradient",
+        "nn/_compiled.py",
+        "dead = without if bool(without.any()) else None",
+        "dead = None",
+    ),
+    Mutant(
+        "compiled: second derivatives by the loop",
+        "nn/_compiled.py",
+        "if not torch.is_grad_enabled() and not batched(v):",
+        "if not batched(v):",
+    ),
+    Mutant(
+        "compiled: steps of the loop are not counted",
+        "nn/_compiled.py",
+        "before = steps.index_select(0, left) if plan.resumes else 0",
+        "before = 0",
+    ),
+    Mutant("compiled: under autocast", "nn/_compiled.py", 'if torch.is_autocast_enabled("cpu") or torch', "if torch"),
+    Mutant(
+        "compiled: mixed precision in float64",
+        "nn/_compiled_plan.py",
+        "mixed = solver.mixed_precision and single",
+        "mixed = solver.mixed_precision",
+    ),
+    Mutant("compiled: damped", "nn/_compiled_plan.py", " and solver.damping == 1.0", ""),
 ]
 
 

@@ -357,6 +357,29 @@ def test_mixed_precision_where_it_does_not_converge(looped: list[str]) -> None:
     assert bool((true_residual(layer, found.value[done], x[done]) < 1e-4).all())
 
 
+def test_a_residual_must_have_fallen_to_be_evidence() -> None:
+    layer = make(solver=ti.Picard(check_every=8, rtol=1e-3, atol=0.0))
+    with torch.no_grad():
+        layer.linear.weight.copy_(0.99 * torch.eye(N, dtype=torch.float64))
+    x = 1e-7 * draw(3, N).sign()
+    solution = 100 * x
+    start = 1.115 * solution  # where the residual is just above the tolerance
+    found, true = layer.solve(x, start=start), twin(layer).solve(x, start=start)
+    assert bool(found.converged.all()) and found.steps.tolist() == true.steps.tolist()
+    assert int(found.steps.min()) > 32  # after eight it is below, but by no half of it
+
+
+def test_a_residual_that_rounding_hides_is_no_evidence() -> None:
+    layer = make(solver=ti.Picard(check_every=8, rtol=0.0, atol=1e-19), max_steps=64, on_failure="ignore")
+    x = draw(3, N)
+    layer.solver = ti.Picard(check_every=8, rtol=0.0, atol=1e-30)
+    solution = layer.solve(x).value.detach()
+    start = solution * (1 + torch.finfo(torch.float64).eps)
+    found, true = layer.solve(x, start=start), twin(layer).solve(x, start=start)
+    assert found.status.tolist() == true.status.tolist()
+    assert not bool(found.converged.any())
+
+
 def test_a_tiny_gradient_is_not_taken_for_zero() -> None:
     for dtype, size in ((torch.float64, 1e-200), (torch.float32, 1e-30)):
         layer = make(solver=None, dtype=dtype)
