@@ -445,6 +445,10 @@ def test_a_start_and_a_memory() -> None:
     torch.testing.assert_close(again.value, first.value, rtol=0, atol=0)
     start = layer.solve(x + 1e-3, start=first.value.detach())
     assert bool(start.converged.all()) and bool((start.steps <= first.steps).all())
+    # What would be the value if the start were zero.
+    layer.init = None
+    other, true = (m.solve(x, start=torch.tanh(x)) for m in (layer, twin(layer)))
+    assert other.steps.tolist() == true.steps.tolist() and int(other.steps.min()) > 0
 
 
 def test_a_weight_changed_before_the_backward_pass_is_an_error() -> None:
