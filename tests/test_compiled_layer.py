@@ -357,6 +357,20 @@ def test_mixed_precision_where_it_does_not_converge(looped: list[str]) -> None:
     assert bool((true_residual(layer, found.value[done], x[done]) < 1e-4).all())
 
 
+def test_extrapolation_ends_where_it_is_of_no_use() -> None:
+    """Sample by sample, as in `Picard(extrapolate_every=4)`: with a matrix that is far from normal."""
+    generator = torch.Generator().manual_seed(3)
+    normal, upper = (torch.randn(N, N, dtype=torch.float64, generator=generator) for _ in range(2))
+    weight = normal + torch.triu(2 * upper)
+    layer = make(solver=ti.Picard(rtol=1e-10, atol=0.0, check_every=4, extrapolate_every=4))
+    with torch.no_grad():
+        layer.linear.weight.copy_(0.96 * weight / torch.linalg.eigvals(weight).abs().max())
+    x = 1e-2 * draw(6, N)
+    found, true = layer.solve(x), twin(layer).solve(x)
+    assert bool(found.converged.all()) and int(true.steps.max() - true.steps.min()) > 40
+    assert int((found.steps - true.steps).abs().max()) <= 16
+
+
 def test_a_residual_must_have_fallen_to_be_evidence() -> None:
     layer = make(solver=ti.Picard(check_every=8, rtol=1e-3, atol=0.0))
     with torch.no_grad():

@@ -40,11 +40,12 @@ def operators(source: Path, namespace: str, what: str, without: str) -> Any:
     """
     try:
         torch.ops.load_library(str(library(source, library_folder())))
-    except (OSError, subprocess.CalledProcessError) as error:
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
         output = error.stderr[-_TOLD:] if isinstance(error, subprocess.CalledProcessError) else ""
         raise RuntimeError(
             f"{what}: this could not be compiled, which takes a C++ compiler ({', '.join(_COMPILERS)}, or the one that "
-            f"the environment variable CXX names); {without}. ({type(error).__name__}: {error} {output})"
+            "the environment variable CXX names) and a folder that can be written to (in the user's cache, or what "
+            f"TORCH_EXTENSIONS_DIR names); {without}. ({type(error).__name__}: {error} {output})"
         ) from error
     return getattr(torch.ops, namespace)
 

@@ -80,9 +80,8 @@ def at_once(
     with span(label, "forward solve"), torch.no_grad(), undetected():
         args = weight.detach(), x.detach(), start.detach()
         form: Form = tanh_loops().shifted(args[0]) if plan.preconditioned else (None, 0.0)
-        found = tanh_loops().solution(*args, *form, *plan.limits, *plan.forward, *plan.krylov)
-        z, value, norm, steps, done, evaluations, clean = found
-        residual = norm * plan.unit
+        found = tanh_loops().solution(*args, *form, *plan.limits, *plan.forward, *plan.krylov, plan.unit)
+        z, value, residual, steps, done, evaluations, clean = found
         status, converged = torch.zeros_like(steps), done
         if not clean:
             left = (~done).nonzero()[:, 0]
@@ -199,15 +198,13 @@ class _Backward:
         with span(self.label, "adjoint solve"):
             tensors = weight.detach(), z.detach(), value, v.detach()
             found = tanh_loops().gradient(*tensors, *self.form, plan.rtol, *plan.backward, of_weight)
-            of_x, of_w, norm, steps, evaluations, clean = found
+            of_x, of_w, residual, steps, evaluations, clean = found
             if not clean:
                 return None
-        tiny = torch.finfo(v.dtype).tiny
-        relative = norm / torch.linalg.vector_norm(v, dim=1).clamp_min(tiny)
         status = torch.zeros_like(steps)
         if self.dead is not None:
             status = torch.where(self.dead, self.status, status)
-        self._note(status, relative, steps, evaluations)
+        self._note(status, residual, steps, evaluations)
         return of_w if of_weight else None, of_x
 
     def thoroughly(self, weight: Tensor, x: Tensor, z: Tensor, v: Tensor) -> tuple[Tensor | None, ...]:

@@ -121,6 +121,9 @@ std::tuple<Found, Tensor> pull_back(const Tensor& weight, const Tensor& value, c
       loop<T>(steps, found, first, passed, pace, within);
     }
   }
+  // Relative to the gradient.
+  for (int64_t i = 0; i < rows; ++i)
+    if (const double size = two(vs.at(i), n); size > 0.0) found.norm.mutable_data_ptr<T>()[i] /= size;
   // Once more from the values: `slope` may have lost rows.
   Tensor scaled = at::empty_like(found.z);
   T* o = scaled.mutable_data_ptr<T>();
@@ -137,12 +140,12 @@ int64_t evaluations(const Found& found, bool looks) { return 1 + found.taken + (
 Solved solution(const Tensor& weight, const Tensor& x, const Tensor& start, const std::optional<Tensor>& product,
                 double shift, double rtol, double atol, double atol_first, int64_t max_steps, int64_t block,
                 bool extrapolate, bool mixed, int64_t patience, double progress, int64_t restart, int64_t products,
-                double forcing, double goal) {
+                double forcing, double goal, double unit) {
   const Pace pace{max_steps, block, extrapolate, mixed, patience, progress};
   const Krylov krylov{restart, products, forcing, goal};
   const auto function = x.scalar_type() == at::kFloat ? solve<float> : solve<double>;
   Found f = function(weight, x.contiguous(), start.contiguous(), product, shift, rtol, atol, atol_first, pace, krylov);
-  return {f.z, f.value, f.norm, f.steps, f.done, evaluations(f, mixed || product.has_value()), f.clean};
+  return {f.z, f.value, f.norm.mul_(unit), f.steps, f.done, evaluations(f, mixed || product.has_value()), f.clean};
 }
 
 std::tuple<std::optional<Tensor>, double> shifted(const Tensor& weight) {
@@ -177,7 +180,7 @@ TORCH_LIBRARY(torchimplicit_tanh_loops, m) {
   m.def(
       "solution(Tensor weight, Tensor x, Tensor start, Tensor? product, float shift, float rtol, float atol, "
       "float atol_first, int max_steps, int block, bool extrapolate, bool mixed, int patience, float progress, "
-      "int restart, int products, float forcing, float goal) "
+      "int restart, int products, float forcing, float goal, float unit) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, int, bool)");
   m.def(
       "gradient(Tensor weight, Tensor z, Tensor value, Tensor v, Tensor? product, float shift, float rtol, "
