@@ -357,6 +357,46 @@ def test_mixed_precision_where_it_does_not_converge(looped: list[str]) -> None:
     assert bool((true_residual(layer, found.value[done], x[done]) < 1e-4).all())
 
 
+@pytest.mark.parametrize(
+    "solver",
+    [
+        None,
+        ti.PreconditionedPicard(check_every=6, rtol=1e-11, atol=0.0),
+        PLAIN,
+        ti.Picard(check_every=8, extrapolate_every=8, rtol=1e-11, atol=0.0),
+        ti.Picard(mixed_precision=True, check_every=8),
+    ],
+    ids=["default", "preconditioned", "plain", "extrapolated", "mixed"],
+)
+def test_a_loop_does_it_by_itself(solver: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In about as many evaluations as the solver takes: nothing is left to hide a mistake in the steps."""
+    mixed = solver is not None and solver.mixed_precision
+    dtype = torch.float32 if mixed else torch.float64
+    series = ti.Cascade(small=0, neumann=ti.Neumann(mixed_precision=mixed))
+    adjoint = ti.Implicit(rtol=1e-5 if mixed else 1e-11, linear_solver=series)
+    layer = make(radius=0.9, solver=solver, adjoint=adjoint, dtype=dtype)
+    plain = twin(layer)
+    x, v = 0.3 * draw(9, N, dtype=dtype), draw(9, N, dtype=dtype, seed=2)
+    x.requires_grad_()
+    true = plain.solve(x)
+    (true_gradient,) = torch.autograd.grad(true.value, x, v)
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("the loop left something")
+
+    monkeypatch.setattr(_compiled, "_finish", refuse)
+    monkeypatch.setattr(_compiled._Backward, "thoroughly", refuse)
+    found = layer.solve(x)
+    (gradient,) = torch.autograd.grad(found.value, x, v)
+    close = {"rtol": 1e-4, "atol": 1e-4} if mixed else {"rtol": 1e-8, "atol": 1e-9}
+    torch.testing.assert_close(found.value, true.value, **close)
+    torch.testing.assert_close(gradient, true_gradient, **close)
+    if not mixed:
+        assert found.evaluations <= 1.2 * true.evaluations + 12
+        assert found.adjoint.evaluations is not None and true.adjoint.evaluations is not None
+        assert found.adjoint.evaluations <= 1.2 * true.adjoint.evaluations + 12
+
+
 def test_extrapolation_ends_where_it_is_of_no_use() -> None:
     """Sample by sample, as in `Picard(extrapolate_every=4)`: with a matrix that is far from normal."""
     generator = torch.Generator().manual_seed(3)
