@@ -397,6 +397,35 @@ def test_a_loop_does_it_by_itself(solver: Any, monkeypatch: pytest.MonkeyPatch) 
         assert found.adjoint.evaluations <= 1.2 * true.adjoint.evaluations + 12
 
 
+def test_a_wrong_matrix_costs_time_and_never_truth() -> None:
+    """The residual is that of the equation, whatever the steps are made with."""
+    layer, x = make(radius=0.9), 0.3 * draw(5, N)
+    weight = layer.linear.weight.detach()
+    product, shift = _compiled.tanh_loops().shifted(weight)
+    limits, pace, no_newton = (1e-6, 0.0, 0.0), (100_000, 6, False, False, 100, 0.99), (0, 0, 0.0, 0.0)
+    for error in (1.0, 1.001):
+        z, _, norm, _, done, evaluations, clean = _compiled.tanh_loops().solution(
+            weight, x, torch.zeros_like(x), error * product, shift, *limits, *pace, *no_newton, 1.0
+        )
+        assert clean == bool(done.all()) == (error == 1.0)
+        assert evaluations < 400  # who does not come on is given up
+        torch.testing.assert_close(norm, true_residual(layer, z, x), rtol=1e-6, atol=1e-14)
+
+
+def test_a_block_of_products_in_bfloat16() -> None:
+    layer, x, v = make(radius=0.9, dtype=torch.float32), draw(5, N), draw(5, N, seed=2)
+    value = layer(x.float()).detach()
+    weight, slope = layer.linear.weight.detach().double(), 1 - value.double() ** 2
+    term, series = v, v.clone()
+    for _ in range(3):
+        term = (slope * term) @ weight
+        series += term
+    pace = (3, 3, True, True, 100, 0.7)
+    tensors = layer.linear.weight.detach(), value, value, v.float()
+    found, *_ = _compiled.tanh_loops().gradient(*tensors, None, 0.0, 1e-9, *pace, False)
+    assert float((found - slope * series).norm() / (slope * series).norm()) < 0.01
+
+
 def test_extrapolation_ends_where_it_is_of_no_use() -> None:
     """Sample by sample, as in `Picard(extrapolate_every=4)`: with a matrix that is far from normal."""
     generator = torch.Generator().manual_seed(3)
