@@ -389,8 +389,8 @@ def test_a_loop_does_it_by_itself(solver: Any, monkeypatch: pytest.MonkeyPatch) 
     found = layer.solve(x)
     (gradient,) = torch.autograd.grad(found.value, x, v)
     close = {"rtol": 1e-4, "atol": 1e-4} if mixed else {"rtol": 1e-8, "atol": 1e-9}
-    torch.testing.assert_close(found.value, true.value, **close)
-    torch.testing.assert_close(gradient, true_gradient, **close)
+    torch.testing.assert_close(found.value, true.value, **close)  # pyright: ignore[reportArgumentType]
+    torch.testing.assert_close(gradient, true_gradient, **close)  # pyright: ignore[reportArgumentType]
     if not mixed:
         assert found.evaluations <= 1.2 * true.evaluations + 12
         assert found.adjoint.evaluations is not None and true.adjoint.evaluations is not None
