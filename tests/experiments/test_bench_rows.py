@@ -153,8 +153,9 @@ def test_a_match_against_torchdeq() -> None:
 def test_the_layer_may_stand_for_the_cell(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = make_problem("tanh-16", 0.5, 0, batch=4)
     plain = [c for c in ours.everything(problem) if c.label.startswith("picard; ")]
-    layers = [c for c in ours.layers(problem) if "preconditioned" in c.label]
+    layers = [c for c in ours.layers(problem) if c.label.startswith("TanhEquilibrium: preconditioned")]
     assert len(layers) == 2
+    assert any(c.label.startswith("TanhEquilibrium(compiled=True): preconditioned") for c in ours.layers(problem))
     monkeypatch.setattr(ours, "everything", lambda _: plain)
     monkeypatch.setattr(ours, "layers", lambda *_: layers)
     found = play(problem, [plain], 1, layer=True)
