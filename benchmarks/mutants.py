@@ -670,12 +670,6 @@ MUTANTS = [
         "before = 0",
     ),
     Mutant("compiled: under autocast", "nn/_compiled.py", 'if torch.is_autocast_enabled("cpu") or torch', "if torch"),
-    Mutant(
-        "compiled: mixed precision in float64",
-        "nn/_compiled_plan.py",
-        "mixed = solver.mixed_precision and single",
-        "mixed = solver.mixed_precision",
-    ),
     Mutant("compiled: damped", "nn/_compiled_plan.py", " and solver.damping == 1.0", ""),
 ]
 

@@ -14,6 +14,7 @@ from torch import Tensor
 import torchimplicit as ti
 from torchimplicit import Status, _extension
 from torchimplicit.nn import _compiled
+from torchimplicit.nn._compiled_plan import plan_for
 from torchimplicit.nn._shifted_tanh import shifted_tanh
 
 pytestmark = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler")
@@ -315,6 +316,34 @@ def test_what_newtons_steps_cannot_do_is_done_as_ever() -> None:
         assert float(true_residual(layer, found.value[done], x[done]).max()) < 1e-8
         if radius < 1:  # elsewhere there may be several
             torch.testing.assert_close(found.value, true.value, rtol=1e-6, atol=1e-7)
+
+
+def test_a_newton_step_that_is_none_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    solver = ti.NewtonKrylov(warmup=12, check_every=12)
+    layer = make(radius=6.0, solver=solver, on_failure="ignore")
+    plan = plan_for(solver, None, None, N, torch.float64)
+    assert plan is not None and plan.resumes
+    x, left = draw(12, N), []
+    finish = _compiled._finish
+
+    def watch(*args: Any) -> Any:
+        left.append(args[3])
+        reached.append(args[1])
+        return finish(*args)
+
+    reached: list[Tensor] = []
+    monkeypatch.setattr(_compiled, "_finish", watch)
+    found = layer.solve(x)
+    tensors = layer.linear.weight.detach(), x, torch.zeros_like(x)
+    before, *_ = _compiled.tanh_loops().solution(*tensors, None, 0.0, *plan.limits, *plan.forward, 0, 0, 0.0, 0.0, 1.0)
+    assert len(left[0])  # some of whom Newton's steps are of no use
+    now, then = (true_residual(layer, z[left[0]], x[left[0]]) for z in (reached[0], before))
+    assert bool((now <= then).all())
+    # What is still left is told.
+    x[2] = torch.nan
+    found = layer.solve(x)
+    assert int(found.status[2]) == int(Status.NONFINITE) and not bool(found.converged[2])
+    assert found.converged.tolist() == (found.status == int(Status.CONVERGED)).tolist()
 
 
 @pytest.mark.parametrize("batch", [1, 7, 40])
