@@ -617,3 +617,10 @@ def test_what_was_compiled_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     (source / "one.h").write_text("int one() { return 2; }\n")
     assert _extension.library(source, made.parent) != made
     assert len(list(made.parent.iterdir())) == 2
+    # Where there is no such folder, it is kept for this process alone.
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    folder = _extension.library_folder()
+    assert folder.parent == tmp_path and folder.name.startswith("torchimplicit-")
+    assert _extension.library(source, folder).exists()

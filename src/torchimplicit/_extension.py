@@ -44,8 +44,7 @@ def operators(source: Path, namespace: str, what: str, without: str) -> Any:
         output = error.stderr[-_TOLD:] if isinstance(error, subprocess.CalledProcessError) else ""
         raise RuntimeError(
             f"{what}: this could not be compiled, which takes a C++ compiler ({', '.join(_COMPILERS)}, or the one that "
-            "the environment variable CXX names) and a folder that can be written to (in the user's cache, or what "
-            f"TORCH_EXTENSIONS_DIR names); {without}. ({type(error).__name__}: {error} {output})"
+            f"the environment variable CXX names); {without}. ({type(error).__name__}: {error} {output})"
         ) from error
     return getattr(torch.ops, namespace)
 
@@ -76,12 +75,25 @@ def library(source: Path, folder: Path) -> Path:
 
 
 def library_folder() -> Path:
-    """Where libraries are kept: torch's folder for extensions if the user named one, else one in the user's cache."""
-    named = os.environ.get("TORCH_EXTENSIONS_DIR")
-    cache_dir = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(named) if named else Path(cache_dir) / "torchimplicit"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    """Where libraries are kept: torch's folder for extensions if the user named one, else one in the user's cache.
+
+    Where that cannot be written to, it is a new folder for this process alone.
+
+    Raises:
+        OSError: the folder that the user named cannot be made.
+    """
+    if named := os.environ.get("TORCH_EXTENSIONS_DIR"):
+        folder = Path(named)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torchimplicit"
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    except (OSError, RuntimeError):  # which is that there is no home
+        pass
+    return Path(tempfile.mkdtemp(prefix="torchimplicit-"))
 
 
 def _compiler() -> list[str]:
