@@ -13,7 +13,7 @@ from torch import Tensor
 
 import torchimplicit as ti
 from torchimplicit import Status, _extension
-from torchimplicit.nn import _compiled
+from torchimplicit.nn import _compiled, _compiled_plan
 from torchimplicit.nn._compiled_plan import plan_for
 from torchimplicit.nn._shifted_tanh import shifted_tanh
 
@@ -370,6 +370,20 @@ def test_mixed_precision(batch: int, every: int | None, looped: list[str]) -> No
     # With nothing but bfloat16 the residual would be a thousand times as large.
     double = make(solver=solver, adjoint=ti.Implicit(linear_solver=series))
     assert float(true_residual(double, double(x.detach().double()), x).max()) < 1e-9
+
+
+def test_mixed_precision_where_it_gains_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    solver, adjoint = ti.Picard(mixed_precision=True), ti.Implicit(linear_solver=ti.Neumann(mixed_precision=True))
+    for fast, dtype, expected in (
+        (True, torch.float32, True),
+        (True, torch.float64, False),
+        (False, torch.float32, False),
+    ):
+        monkeypatch.setattr(_compiled_plan, "coarse_dtype", lambda _, fast=fast: torch.bfloat16 if fast else None)
+        _compiled_plan._made.cache_clear()
+        plan = plan_for(solver, adjoint, None, N, dtype)
+        assert plan is not None and plan.forward[3] == plan.backward[3] == expected
+    _compiled_plan._made.cache_clear()
 
 
 def test_mixed_precision_where_it_does_not_converge(looped: list[str]) -> None:

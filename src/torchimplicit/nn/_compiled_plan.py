@@ -6,6 +6,7 @@ from functools import lru_cache
 import torch
 
 from .._adjoint import Adjoint, Implicit
+from .._refinement import coarse_dtype
 from .._tolerance import default_rtol, least_rtol
 from ..linear import GMRES, Cascade, Neumann
 from ..solvers import Method, Newton, NewtonKrylov, Picard, PreconditionedPicard
@@ -97,8 +98,8 @@ def _made(solver: Method | None, adjoint: Implicit, max_steps: int | None, n: in
         rest, resumes = replace(solver, warmup=0), True
     else:
         return None
-    single = dtype == torch.float32
-    mixed = solver.mixed_precision and single
+    coarse = dtype == torch.float32 and coarse_dtype(torch.device("cpu")) is not None
+    mixed = solver.mixed_precision and coarse
     if mixed:
         if preconditioned or resumes:
             return None
@@ -123,7 +124,7 @@ def _made(solver: Method | None, adjoint: Implicit, max_steps: int | None, n: in
     products = min(_ADJOINT_STEPS, series.max_steps)
     return Plan(
         forward=(steps, block, extrapolate, mixed, solver.patience, solver.progress),
-        backward=(products, look, True, series.mixed_precision and single, _ADJOINT_PATIENCE, _ADJOINT_PROGRESS),
+        backward=(products, look, True, series.mixed_precision and coarse, _ADJOINT_PATIENCE, _ADJOINT_PROGRESS),
         unit=unit,
         limits=limits,
         rtol=backward_rtol,
