@@ -101,6 +101,10 @@ def _check(fn: Callable[[Tensor, Tensor], Tensor], shape: tuple[int, ...]) -> No
     before = problem.evaluations
     found = jacobian.mv(layout.pack([p]))
     assert problem.evaluations == before + 1
+    # It is the tape's: an error in it would be hidden by the reverse of reverse mode.
+    assert jacobian.tangents is not None
+    tangent = jacobian.tangents()
+    assert not jacobian.output.requires_grad or (tangent is not None and tangent(layout.pack([p])) is not None)
     torch.testing.assert_close(found, by_reverse_mode, rtol=1e-12, atol=1e-12)
     if fn is not _constant_inside:  # through which forward mode looks
         by_forward_mode = torch.func.jvp(lambda z: fn(z, x), (z,), (p,))[1]
