@@ -506,6 +506,26 @@ def test_a_residual_that_rounding_hides_is_no_evidence() -> None:
     assert not bool(found.converged.any())
 
 
+def test_a_start_that_is_not_finite_is_no_measure() -> None:
+    """Nor is one whose square overflows: a residual that fell from infinity is no small one."""
+    layer = make(solver=ti.Picard(check_every=1), on_failure="ignore")
+    x = draw(4, N)
+    start = torch.zeros_like(x)
+    start[1, 3], start[2, 3] = torch.inf, 1e200
+    found, true = layer.solve(x, start=start), twin(layer).solve(x, start=start)
+    assert found.status.tolist() == true.status.tolist() and found.steps.tolist() == true.steps.tolist()
+    assert bool((true_residual(layer, found.value[found.converged], x[found.converged]) < 1e-8).all())
+
+
+@pytest.mark.parametrize("solver", [None, PLAIN], ids=["preconditioned", "plain"])
+def test_a_gradient_whose_square_overflows(solver: ti.Picard | None) -> None:
+    layer = make(solver=solver)
+    x, v = draw(3, N).requires_grad_(), draw(3, N, seed=2)
+    (true,) = torch.autograd.grad(layer(x), x, v)
+    (huge,) = torch.autograd.grad(layer(x), x, v * 2.0**600)
+    torch.testing.assert_close(huge / 2.0**600, true, rtol=1e-3, atol=1e-4)
+
+
 def test_a_tiny_gradient_is_not_taken_for_zero() -> None:
     for dtype, size in ((torch.float64, 1e-200), (torch.float32, 1e-30)):
         layer = make(solver=None, dtype=dtype)

@@ -71,7 +71,7 @@ ADJOINTS: dict[str, MakeAdjoint] = {
 def same_name(problem: Problem, solver: str) -> tuple[Contender, ...]:
     """Our solver of a name ("picard", "anderson", "broyden") with each adjoint that can follow it."""
     solvers = [name for name in SOLVERS if name.partition(",")[0] == solver and "24th" not in name]
-    adjoints = [name for name in ADJOINTS if "0th" not in name and (solver != "picard" or "reuse" not in name)]
+    adjoints = [name for name in ADJOINTS if "checked" not in name and (solver != "picard" or "reuse" not in name)]
     pairs = [(s, a) for s in solvers for a in adjoints if ("mixed" in s) == ("mixed" in a)]
     return _contenders(problem, pairs + (_seldom(problem) if solver == "picard" else []))
 

@@ -37,8 +37,8 @@ inline Found begin(const Tensor& z, const Tensor& value) {
           at::empty({rows}, bools), {}};
 }
 
-// Steps until every row is done or given up. A row that has `passed` is done before the first step. What a row returns
-// is where the look found it that judged it. `within(row, norm, value, z, peak)` says whether a sample has converged.
+// Steps until every row is done or given up. A row that has `passed` is done before the first step, and one
+// that begins with no finite residual is given up there. What a row returns is where the look found it that judged it. `within(row, norm, value, z, peak)` says whether a sample has converged.
 template <class T, class Steps, class Within>
 void loop(Steps& steps, Found& found, const std::vector<double>& first, const std::vector<char>& passed,
           const Pace& pace, Within within) {
@@ -53,17 +53,19 @@ void loop(Steps& steps, Found& found, const std::vector<double>& first, const st
   found.peak = first;
   std::vector<Row> rows;
   std::vector<int64_t> kept;
+  int64_t given_up = 0, looked = 0;
   for (int64_t i = 0; i < int64_t(first.size()); ++i) {
     norm_out[i] = first[i];
     steps_out[i] = 0;
     done_out[i] = passed[i];
-    if (!passed[i]) {
+    if (!passed[i] && !std::isfinite(first[i])) {
+      ++given_up;
+    } else if (!passed[i]) {
       kept.push_back(i);
       rows.push_back({i, first[i], first[i], first[i], first[i]});
     }
   }
   steps.keep(kept);
-  int64_t given_up = 0, looked = 0;
   while (!rows.empty() && found.taken < pace.max_steps) {
     steps.walk(pace.block);
     const bool due = found.taken + pace.block - looked >= pace.patience, last = found.taken + pace.block >= pace.max_steps;

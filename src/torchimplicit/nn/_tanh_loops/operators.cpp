@@ -12,6 +12,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <optional>
 #include <tuple>
@@ -93,8 +94,9 @@ std::tuple<Found, Tensor> pull_back(const Tensor& weight, const Tensor& value, c
       const T* row = vs.at(i);
       const double size = two(row, n);
       first[i] = distance(image.at(i), start.at(i), n);
-      // Nothing is known of a gradient whose squares underflow: such a row never passes.
-      const bool lost = size < kUnderflow && std::any_of(row, row + n, [](T number) { return number != 0; });
+      // Nothing is known of a gradient whose squares overflow, or underflow: such a row never passes.
+      const bool lost = !std::isfinite(size) ||
+                        (size < kUnderflow && std::any_of(row, row + n, [](T number) { return number != 0; }));
       target[i] = lost ? -1.0 : rtol * size;
       passed[i] = first[i] <= target[i];
     }
