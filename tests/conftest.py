@@ -1,6 +1,7 @@
 """What every test runs under: one thread per worker, a fixed seed, no display, reproducible random examples in CI."""
 
 import os
+import shutil
 
 # Before anything imports them: a test run opens no window, and its workers do not fight over cores.
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -15,6 +16,7 @@ settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True
 settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 torch.set_num_threads(1)
+COMPILERS = ("c++", "g++", "clang++")
 
 
 @pytest.fixture(autouse=True)
@@ -23,10 +25,12 @@ def _seed() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a CUDA device where there is none."""
-    if torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason="needs a CUDA device")
+    """Skip what needs a CUDA device, or a C++ compiler, where there is none."""
+    skips = {
+        "gpu": not torch.cuda.is_available() and pytest.mark.skip(reason="needs a CUDA device"),
+        "compiler": not any(map(shutil.which, COMPILERS)) and pytest.mark.skip(reason="needs a C++ compiler"),
+    }
     for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(skip)
+        for name, skip in skips.items():
+            if skip and name in item.keywords:
+                item.add_marker(skip)

@@ -238,6 +238,7 @@ def test_the_mnist_model_is_one_graph_in_inference() -> None:
             torch.testing.assert_close(compiled(batch), model(batch), rtol=0, atol=1e-5)
 
 
+@pytest.mark.compiler
 def test_inductor_runs_the_loop() -> None:
     layer = ti.nn.FixedPoint(Cell(), solver=ti.Picard(), on_failure="ignore").eval()
     compiled = one_graph(layer.solve, backend="inductor")
@@ -366,6 +367,7 @@ def test_training_has_the_values_and_gradients_of_eager_mode(solver: Any) -> Non
                 torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-13, msg=f"{adjoint}, batch {batch}")
 
 
+@pytest.mark.compiler
 def test_training_with_inductor() -> None:
     model = network()
     compiled = torch.compile(model)

@@ -2,7 +2,6 @@
 
 import copy
 import shlex
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from torchimplicit.nn import _compiled, _compiled_plan
 from torchimplicit.nn._compiled_plan import plan_for
 from torchimplicit.nn._shifted_tanh import shifted_tanh
 
-pytestmark = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler")
+pytestmark = pytest.mark.compiler
 N = 20
 ERROR = 4.0
 """Rounding units that the loops allow their tanh."""

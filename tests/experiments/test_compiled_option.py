@@ -1,7 +1,6 @@
 """`train mnist --compiled`: the same run in other last digits; refused where there are no compiled loops."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ def _lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "batches.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler")
+@pytest.mark.compiler
 @pytest.mark.parametrize("layer", ["picard", "newton"])
 def test_a_run_is_the_same_but_for_rounding(layer: str, small_run: Command, tmp_path: Path) -> None:
     for name, options in (("plain", ()), ("compiled", ("--compiled",))):
